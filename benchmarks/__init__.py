@@ -1,0 +1,1 @@
+"""Drawn scenes, the training of the bundled model and the measurements made with it."""

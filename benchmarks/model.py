@@ -1,0 +1,172 @@
+"""The parts of the bundled model, untrained: a tiny `StableDiffusion3Pipeline`.
+
+Images are (3, 256, 256) in [-1, 1]; latents are (8, 32, 32), of mean 0 and standard deviation 1;
+the transformer sees 16 x 16 = 256 image tokens and 28 of text, each text token 128 wide.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from . import scenes
+
+SIDE = 256  # pixels of an image's side
+LATENT = (8, 32, 32)
+TEXT_TOKENS = 28  # the longest caption takes 24, and the two end marks
+TEXT_WIDTH = 64  # of each text encoder
+
+
+def build_vae() -> AutoencoderKL:
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=LATENT[0],
+        norm_num_groups=1,  # with small groups, normalisation forgets the colour of flat areas
+        sample_size=SIDE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    for name, module in model.named_modules():  # residual blocks begin as the identity
+        if name.endswith("conv2"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.constant_(model.encoder.conv_out.bias[LATENT[0] :], -4)  # begin with little noise
+    return model
+
+
+def byte_letters() -> list[str]:
+    """The letters that CLIP's tokenizer writes the 256 bytes with."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer in which each word of a caption is one token, any other is spelt."""
+    letters = byte_letters()
+    vocabulary = letters + [letter + "</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
+    for word in scenes.words():
+        parts = [*word[:-1], word[-1] + "</w>"]
+        # Apply the merges so far in their order, as the tokenizer will, then add those missing.
+        while len(parts) > 1:
+            pairs = list(pairwise(parts))
+            known = [pair for pair in merges if pair in pairs]
+            pair = known[0] if known else pairs[0]
+            if not known:
+                merges.append(pair)
+                vocabulary.append("".join(pair))
+            at = pairs.index(pair)
+            parts[at : at + 2] = ["".join(pair)]
+    bos, eos = "<|startoftext|>", "<|endoftext|>"
+    ids = {token: i for i, token in enumerate([*dict.fromkeys(vocabulary), bos, eos])}
+    special = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_TOKENS, **special}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModelWithProjection:
+    """A frozen random encoder. SD3 reads the last state but one: with one layer, that is the
+    words' and positions' embeddings themselves, with two it also mixes in the words before."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = CLIPTextModelWithProjection(config)
+    for module in model.modules():  # CLIP's own initialisation makes embeddings of size 0.02
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.7)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model.eval().requires_grad_(False)
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    model = SD3Transformer2DModel(
+        sample_size=LATENT[1],
+        patch_size=2,
+        in_channels=LATENT[0],
+        out_channels=LATENT[0],
+        num_layers=8,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        caption_projection_dim=128,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=48,
+        qk_norm="rms_norm",
+    )
+    for name, module in model.named_modules():  # blocks begin as the identity
+        if isinstance(module, nn.Linear) and ("norm" in name or name == "proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def build_pipeline(vae: AutoencoderKL, work: Path, seed: int) -> StableDiffusion3Pipeline:
+    torch.manual_seed(seed + 1)
+    write_tokenizer(work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    return StableDiffusion3Pipeline(
+        transformer=build_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=build_text_encoder(tokenizer, layers=1),
+        tokenizer=tokenizer,
+        text_encoder_2=build_text_encoder(tokenizer, layers=2),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def embed(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Text states (N, 28, 128) and pooled states (N, 128), float32."""
+    states, _, pooled, _ = pipeline.encode_prompt(
+        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=0
+    )
+    return states, pooled
+
+
+def export(pipeline: StableDiffusion3Pipeline, out: Path) -> None:
+    """Write the pipeline folder: half-precision weights, the frozen encoders in full."""
+    halves = {
+        name: copy.deepcopy(getattr(pipeline, name)).half() for name in ("vae", "transformer")
+    }
+    StableDiffusion3Pipeline(**(pipeline.components | halves)).save_pretrained(out)
+    for name in ("tokenizer", "tokenizer_2"):  # in the form that transformers 4 reads too
+        shutil.rmtree(out / name)
+        write_tokenizer(out / name)
+
+
+def load(folder: Path) -> StableDiffusion3Pipeline:
+    """The pipeline of a folder; diffusers asks to be told that there is no third encoder."""
+    return StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)

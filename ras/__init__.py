@@ -1,0 +1,28 @@
+"""Region-adaptive sampling of diffusion transformers: `ras.enable(pipe)`."""
+
+from pathlib import Path
+
+from ras_kernels import __version__
+
+from .api import disable, enable, enabled, is_enabled, stats
+from .config import RASConfig
+from .controller import RASWarning
+from .report import Stats
+
+__all__ = [
+    "RASConfig",
+    "RASWarning",
+    "Stats",
+    "__version__",
+    "bundled_model",
+    "disable",
+    "enable",
+    "enabled",
+    "is_enabled",
+    "stats",
+]
+
+
+def bundled_model() -> Path:
+    """The folder of the small Stable Diffusion 3 pipeline that comes with the package."""
+    return Path(__file__).parent / "bundled"

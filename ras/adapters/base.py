@@ -1,0 +1,43 @@
+"""What the controller has to know of a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..attention import RASAttnProcessor
+
+
+class Adapter:
+    """Where tokens enter, attend and leave. `inputs` are the arguments of `forward`, by name."""
+
+    model: type
+    enter: str  # the submodule whose output is the embedded tokens
+    leave: str  # the submodule whose output is the tokens' noise
+    processor: type[RASAttnProcessor]
+
+    def attention_layers(self, transformer: Any) -> Iterator[Any]:
+        """The layers whose keys and values are cached."""
+        raise NotImplementedError
+
+    def gather_entered(self, output: Any, rows: Tensor) -> Any:
+        """The active rows of what `enter` returned."""
+        raise NotImplementedError
+
+    def gather_inputs(self, inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+        """Those inputs that have a row per image token, with the active rows alone."""
+        return {}
+
+    def branch(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+        """The layers that this call skips."""
+        return ()
+
+    def text_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """Tokens that walk through the blocks beside the image's."""
+        return 0
+
+    def positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """What cached keys were rotated by, on the CPU: with other ones, they are of no use."""
+        return None

@@ -1,0 +1,133 @@
+"""Stable Diffusion 3 and 3.5: joint attention of image and text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import (
+    Attention,
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+)
+from einops import rearrange
+from torch import Tensor
+
+import ras_kernels
+
+from ..attention import KeyValue, RASAttnProcessor
+from .base import Adapter
+
+
+class SD3AttnProcessor(RASAttnProcessor):
+    """Joint attention (or, in SD3.5-medium's `attn2`, that of the image alone)."""
+
+    replaces = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Attend as the original processor does, over the cached keys and values.
+
+        Args:
+            attn: The layer.
+            hidden_states: `(B, k, C)`, the image tokens that walk.
+            encoder_hidden_states: `(B, T, C)`, the text tokens.
+        """
+        walk = self.walk()
+        if walk is None or not walk.main:
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
+            )
+        fused = isinstance(self.original, FusedJointAttnProcessor2_0)
+        query, image = _image_projections(attn, hidden_states, fused)
+        if encoder_hidden_states is None:
+            key, value = self.cache.update(image, None, walk.active)
+            return _out(attn, ras_kernels.sparse_attention(query, key, value))
+
+        text_query, text = _text_projections(attn, encoder_hidden_states, fused)
+        key, value = self.cache.update(image, text, walk.active)
+        if attn.context_pre_only:  # nobody reads the text after the last block
+            return _out(attn, ras_kernels.sparse_attention(query, key, value)), None
+        tokens = query.shape[1]
+        query = torch.cat([query, text_query], dim=1)
+        output = ras_kernels.sparse_attention(query, key, value)
+        return _out(attn, output[:, :tokens]), attn.to_add_out(output[:, tokens:].flatten(2))
+
+
+def _image_projections(
+    attn: Attention, hidden_states: Tensor, fused: bool
+) -> tuple[Tensor, KeyValue]:
+    if fused:  # diffusers' fused processor leaves the norms out
+        projections = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return _heads(attn, projections, None, None)
+    projections = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+    return _heads(attn, projections, attn.norm_q, attn.norm_k)
+
+
+def _text_projections(
+    attn: Attention, hidden_states: Tensor, fused: bool
+) -> tuple[Tensor, KeyValue]:
+    if fused:
+        projections = attn.to_added_qkv(hidden_states).chunk(3, dim=-1)
+        return _heads(attn, projections, None, None)
+    layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    projections = tuple(layer(hidden_states) for layer in layers)
+    return _heads(attn, projections, attn.norm_added_q, attn.norm_added_k)
+
+
+def _heads(
+    attn: Attention,
+    projections: tuple[Tensor, ...],
+    norm_query: torch.nn.Module | None,
+    norm_key: torch.nn.Module | None,
+) -> tuple[Tensor, KeyValue]:
+    """The query, and key and value, `(B, n, H, D)`, from their projections `(B, n, H * D)`."""
+    query, key, value = (rearrange(p, "b n (h d) -> b n h d", h=attn.heads) for p in projections)
+    query = query if norm_query is None else norm_query(query)
+    key = key if norm_key is None else norm_key(key)
+    return query, (key, value)
+
+
+def _out(attn: Attention, output: Tensor) -> Tensor:
+    projection, dropout = attn.to_out
+    return dropout(projection(output.flatten(2)))
+
+
+class SD3(Adapter):
+    """`SD3Transformer2DModel` with all that its pipelines and ControlNet hand it."""
+
+    model = SD3Transformer2DModel
+    enter = "pos_embed"
+    leave = "proj_out"
+    processor = SD3AttnProcessor
+
+    def attention_layers(self, transformer: Any) -> Iterator[Any]:
+        for block in transformer.transformer_blocks:
+            yield block.attn
+            if block.attn2 is not None:
+                yield block.attn2
+
+    def gather_entered(self, output: Tensor, rows: Tensor) -> Tensor:
+        return ras_kernels.gather_tokens(output, rows)
+
+    def gather_inputs(self, inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+        residuals = inputs.get("block_controlnet_hidden_states")
+        if residuals is None:
+            return {}
+        gathered = [ras_kernels.gather_tokens(residual, rows) for residual in residuals]
+        return {"block_controlnet_hidden_states": gathered}
+
+    def branch(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(inputs.get("skip_layers") or ())
+
+    def text_tokens(self, inputs: Mapping[str, Any]) -> int:
+        return inputs["encoder_hidden_states"].shape[1]

@@ -1,0 +1,138 @@
+"""The pictures that the command line writes, and the measure of how two images differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER = (255, 255, 255)
+INK = (28, 28, 32)
+GREY = (105, 105, 115)
+
+# Dark to light, evenly spaced anchors of matplotlib's viridis: the order survives printing in
+# grey and colour blindness.
+ANCHORS = np.array(
+    [
+        (68, 1, 84),
+        (70, 50, 127),
+        (54, 92, 141),
+        (39, 127, 142),
+        (31, 161, 135),
+        (74, 194, 109),
+        (159, 218, 58),
+        (253, 231, 37),
+    ],
+    np.float64,
+)
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def psnr(image: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two RGB images of one size, in dB.
+
+    `10 · log10(255² / MSE)`, with the mean squared error over all pixels and channels of the
+    8-bit values; infinite for equal images. Raises ValueError if the sizes differ.
+    """
+    if image.size != other.size:
+        raise ValueError(f"images of different sizes: {image.size} and {other.size}")
+    a, b = (np.asarray(each.convert("RGB"), np.float64) for each in (image, other))
+    error = float(np.mean((a - b) ** 2))
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Numbers from 0 (dark) to 1 (light), of any shape `S` -> sRGB, `(*S, 3)` uint8."""
+    steps = np.linspace(0, 1, len(ANCHORS))
+    channels = [np.interp(values, steps, anchors) for anchors in ANCHORS.T]
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def heat_map(counts: NDArray[np.integer], size: tuple[int, int]) -> Image.Image:
+    """Counts `(rows, columns)` as a map of `size` (width, height) pixels, one flat patch each.
+
+    The least count is darkest and the greatest lightest; equal counts are all light.
+    """
+    low, high = int(counts.min()), int(counts.max())
+    patches = colours(1 - (high - counts) / max(1, high - low))
+    return Image.fromarray(patches).resize(size, Image.Resampling.NEAREST)
+
+
+def comparison(
+    dense: Image.Image,
+    ras: Image.Image,
+    counts: NDArray[np.integer],
+    titles: tuple[str, str, str],
+    caption: Sequence[str],
+) -> Image.Image:
+    """Dense image, RAS image and the heat map of `counts` with its legend, side by side.
+
+    `counts` is `(rows, columns)`: how often each region was computed. A title stands above each
+    panel; the caption's lines stand below, the first one in black, each wrapped to the width.
+    """
+    width, height = dense.size
+    # The text's size, from which every distance follows.
+    unit = max(12, round(min(width, height) / 16))
+    font, small = ImageFont.load_default(unit), ImageFont.load_default(0.85 * unit)
+    line, gap = round(1.5 * unit), unit
+    low, high = int(counts.min()), int(counts.max())
+    marks = [str(high), str(low)] if high > low else [str(high)]
+    legend = unit + round(max(small.getlength(mark) for mark in marks))
+
+    total = 4 * gap + 3 * width + gap // 2 + legend + gap // 4
+    rows = [wrap(text, font, total - 2 * gap) for text in caption]
+    top = gap // 2 + line
+    bottom = top + height + gap
+    canvas = Image.new("RGB", (total, bottom + sum(map(len, rows)) * line + gap // 2), PAPER)
+    draw = ImageDraw.Draw(canvas)
+
+    panels = (dense, ras, heat_map(counts, dense.size))
+    for index, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        x = gap + index * (width + gap)
+        draw.text((x, gap // 2), shorten(title, font, width), INK, font)
+        canvas.paste(panel, (x, top))
+
+    x = 3 * (width + gap) + gap // 2
+    ramp = np.linspace(1, 0 if high > low else 1, height)[:, None].repeat(gap // 2, axis=1)
+    canvas.paste(Image.fromarray(colours(ramp)), (x, top))
+    for mark, y, anchor in zip(marks, (top, top + height), ("lt", "lb"), strict=False):
+        draw.text((x + gap * 3 // 4, y), mark, GREY, small, anchor=anchor)
+
+    y = bottom
+    for index, row in enumerate(rows):
+        for text in row:
+            draw.text((gap, y), text, GREY if index else INK, font)
+            y += line
+    return canvas
+
+
+def shorten(text: str, font: Font, width: float) -> str:
+    """The text, or as much of its beginning as fits `width` pixels with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    kept = len(text)
+    while kept and font.getlength(text[:kept].rstrip() + "…") > width:
+        kept -= 1
+    return text[:kept].rstrip() + "…"
+
+
+def wrap(text: str, font: Font, width: float, most: int = 4) -> list[str]:
+    """The text in at most `most` lines of `width` pixels, broken between words.
+
+    A word wider than a line is shortened; so is the last line if words are left over.
+    """
+    words = text.split()
+    lines: list[str] = []
+    while words and len(lines) < most:
+        count = 1
+        while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
+            count += 1
+        if len(lines) == most - 1:
+            count = len(words)
+        lines.append(shorten(" ".join(words[:count]), font, width))
+        words = words[count:]
+    return lines

@@ -1,0 +1,63 @@
+"""What a run did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .config import RASConfig
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The last run of an enabled model, or the one under way. `print` shows it as a table.
+
+    Attributes:
+        config: The settings.
+        runs: Runs begun since `enable`.
+        steps_dense, steps_sparse: Solver steps that computed all tokens, or some.
+        steps_planned: Solver steps in all, those to come included.
+        tokens_computed, tokens_total: Image tokens that walked through the transformer, of those
+            that would have without RAS; all samples, guidance copies and calls.
+        text_tokens: Text tokens that walked with them, in every call.
+        cache_bytes: Bytes that the run's caches held at their largest: keys, values and noise.
+            They are freed when a run ends.
+        region_counts: `(samples, H / p, W / p)`, int64: how often each region was computed; None
+            before the first run.
+        warnings: What was warned of since `enable`.
+    """
+
+    config: RASConfig
+    runs: int
+    steps_dense: int
+    steps_sparse: int
+    steps_planned: int
+    tokens_computed: int
+    tokens_total: int
+    text_tokens: int
+    cache_bytes: int
+    region_counts: Tensor | None
+    warnings: tuple[str, ...]
+
+    @property
+    def speedup_ceiling(self) -> float:
+        """The speed-up if time went with the tokens computed, text included."""
+        computed = self.tokens_computed + self.text_tokens
+        return (self.tokens_total + self.text_tokens) / computed if computed else 1.0
+
+    def __str__(self) -> str:
+        share = self.tokens_computed / self.tokens_total if self.tokens_total else 1.0
+        rows = {
+            "runs": f"{self.runs}",
+            "steps": f"{self.steps_dense} dense, {self.steps_sparse} sparse, of "
+            f"{self.steps_planned}",
+            "image tokens computed": f"{self.tokens_computed:,} of {self.tokens_total:,} "
+            f"({share:.1%})",
+            "text tokens computed": f"{self.text_tokens:,}",
+            "speed-up ceiling": f"{self.speedup_ceiling:.3f}x",
+            "caches": f"{self.cache_bytes:,} bytes",
+            "warnings": "; ".join(self.warnings) or "none",
+        }
+        width = max(map(len, rows)) + 2
+        return "\n".join(f"{name:{width}}{value}" for name, value in rows.items())

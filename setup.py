@@ -1,0 +1,35 @@
+"""`pip install .` installs the packages `ras` and `ras_kernels` and the command `ras`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "ras_kernels" / "__init__.py").read_text(), re.MULTILINE
+)
+assert VERSION is not None
+
+setup(
+    name="ras",
+    version=VERSION[1],
+    description="Region-adaptive sampling of diffusion transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ras", "ras.*", "ras_kernels", "ras_kernels.*"]),
+    package_data={"ras": ["py.typed", "bundled/*", "bundled/*/*"], "ras_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        'triton>=3.2; platform_system == "Linux"',
+        "diffusers>=0.33",
+        "einops>=0.8",
+        "transformers>=4.48",
+        "numpy",
+        "pillow>=10.1",
+    ],
+    extras_require={"dev": ["accelerate>=1.0", "mypy", "peft>=0.15", "pytest>=8", "ruff"]},
+    entry_points={"console_scripts": ["ras = ras.cli:main"]},
+)
