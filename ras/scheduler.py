@@ -21,37 +21,46 @@ class StepWatch:
     def __init__(self, scheduler: Any, observe: Callable[[Tensor], None]) -> None:
         self.scheduler = scheduler
         self._before = vars(scheduler).get("step")
-        self._step = types.MethodType(_observed(scheduler, observe, self._before), scheduler)
+        self._observer = _Observer(scheduler, observe)
+        step = _observed_step(type(scheduler), self._observer, self._before)
+        self._step = types.MethodType(step, scheduler)
         scheduler.step = self._step
 
     def remove(self) -> None:
-        """Take the method off, unless somebody has put another on top of it."""
+        """Take the method off; if somebody has put another on top of it, it only passes on."""
+        self._observer.tell = None
         if vars(self.scheduler).get("step") is not self._step:
             return
         del self.scheduler.step
-        if self._before is not None and _in_use(self._before):
+        covered = getattr(self._before, "observer", None)
+        if self._before is not None and (covered is None or covered.tell is not None):
             self.scheduler.step = self._before
 
 
-def _observed(scheduler: Any, observe: Callable[[Tensor], None], before: Any) -> Any:
-    watched, observer = weakref.ref(scheduler), weakref.WeakMethod(observe)
+class _Observer:
+    """Whom to tell of which scheduler's steps. It keeps neither alive: copies refer to it too."""
 
-    @functools.wraps(type(scheduler).step)  # pipelines look at its signature
+    def __init__(self, scheduler: Any, observe: Callable[[Tensor], None]) -> None:
+        self.of = weakref.ref(scheduler)
+        self.tell: weakref.WeakMethod | None = weakref.WeakMethod(observe)
+
+    def __call__(self, scheduler: Any, noise: Tensor) -> None:
+        observe = None if self.tell is None else self.tell()
+        if observe is not None and scheduler is self.of():
+            observe(noise)
+
+
+def _observed_step(
+    scheduler_type: Any, observer: _Observer, before: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    @functools.wraps(scheduler_type.step)  # pipelines look at its signature
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if before is None or self is not watched():
+        if before is None or self is not observer.of():
             output = type(self).step(self, *args, **kwargs)
         else:
             output = before(*args, **kwargs)
-        tell = observer()
-        if tell is not None and self is watched():
-            tell(args[0] if args else kwargs["model_output"])
+        observer(self, args[0] if args else kwargs["model_output"])
         return output
 
     step.observer = observer  # type: ignore[attr-defined]
     return step
-
-
-def _in_use(step: Any) -> bool:
-    """False for the method of a watch whose observer is gone."""
-    observer = getattr(step, "observer", None)
-    return observer is None or observer() is not None

@@ -1,0 +1,34 @@
+"""Each benchmark runs, at a tiny size."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import end_to_end, scenes
+
+
+def test_end_to_end(capsys):
+    shape = ["--layers=1", "--heads=1", "--head-dim=8", "--image-tokens=16", "--text-tokens=3"]
+    run = ["--steps=6", "--resets", "5", "--ratios", "0.5", "0.25", "--pairs=2", "--device=cpu"]
+    end_to_end.main([*shape, *run])
+    table = capsys.readouterr().out.splitlines()
+    assert table[-2].startswith("| 0.5 | 5 + 1 |") and table[-1].startswith("| 0.25 | 5 + 1 |")
+    end_to_end.main([*shape, *run, "--json"])
+    row = json.loads(capsys.readouterr().out)["rows"][0]
+    assert row["ceiling"] == pytest.approx(6 / (5 + (8 + 3) / (16 + 3)))
+    keys_and_values, noise = 2 * (16 + 3) * 8 * 4, 16 * 64 * 4
+    assert row["cache_bytes"] == keys_and_values + noise
+
+
+def test_median_interval():
+    assert end_to_end.median_interval([3, 1, 2]) == (1, 3)
+    assert end_to_end.median_interval(range(7)) == (0, 6)  # misses with probability 2 / 128
+    assert end_to_end.median_interval(range(9)) == (1, 7)  # 2 * (1 + 9) / 512
+
+
+def test_scenes_repeat_and_differ():
+    one, again, other = scenes.sample(3), scenes.sample(3), scenes.sample(4)
+    assert one == again and np.array_equal(one.draw(64), again.draw(64))
+    assert one.caption() != other.caption()
+    assert one.draw(64).shape == (64, 64, 3) and one.draw(64).dtype == np.uint8
