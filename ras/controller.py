@@ -288,7 +288,7 @@ class Controller:
     def stats(self) -> Stats:
         told = tuple(self._warnings.values())
         if self._run is None:
-            return Stats(self._config, 0, 0, 0, 0, 0, 0, 0, 0, None, told)
+            return Stats(self._config, warnings=told)
         self._note_bytes()
         return self._run.stats(self._runs, told)
 

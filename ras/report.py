@@ -29,16 +29,16 @@ class Stats:
     """
 
     config: RASConfig
-    runs: int
-    steps_dense: int
-    steps_sparse: int
-    steps_planned: int
-    tokens_computed: int
-    tokens_total: int
-    text_tokens: int
-    cache_bytes: int
-    region_counts: Tensor | None
-    warnings: tuple[str, ...]
+    runs: int = 0
+    steps_dense: int = 0
+    steps_sparse: int = 0
+    steps_planned: int = 0
+    tokens_computed: int = 0
+    tokens_total: int = 0
+    text_tokens: int = 0
+    cache_bytes: int = 0
+    region_counts: Tensor | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def speedup_ceiling(self) -> float:

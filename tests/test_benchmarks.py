@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from benchmarks import end_to_end, scenes
+from benchmarks import end_to_end, scenes, train
 
 
 def test_end_to_end(capsys):
@@ -32,3 +34,23 @@ def test_scenes_repeat_and_differ():
     assert one == again and np.array_equal(one.draw(64), again.draw(64))
     assert one.caption() != other.caption()
     assert one.draw(64).shape == (64, 64, 3) and one.draw(64).dtype == np.uint8
+
+
+def test_training_resumes(tmp_path, monkeypatch):
+    """All stages in a few steps, interrupted once: the folder is a pipeline that draws."""
+    drawn = train.images
+    monkeypatch.setattr(train, "SCENES", 16)
+    monkeypatch.setattr(train, "BATCH", 4)
+    monkeypatch.setattr(train, "images", lambda seeds: drawn(seeds[:16]))
+    monkeypatch.setattr(train.torch, "compile", lambda model: model)
+    folder, work = tmp_path / "model", tmp_path / "work"
+    for steps in ("1", "2"):
+        arguments = ["--out", str(folder), "--work", str(work), "--vae-steps=1", "--steps", steps]
+        monkeypatch.setattr("sys.argv", ["train", *arguments])
+        train.main()
+    state = torch.load(work / "transformer.pt")
+    assert state["step"] == 2
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 24e6
+    sheet = tmp_path / "sheet.png"
+    train.draw_sheet(folder, sheet, "cpu", count=1)
+    assert Image.open(sheet).size == (8 * train.SIDE, train.SIDE + 60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..attention import RASAttnProcessor
 
 
-class Adapter:
+class Adapter(ABC):
     """Where tokens enter, attend and leave. `inputs` are the arguments of `forward`, by name."""
 
     model: type
@@ -18,13 +19,13 @@ class Adapter:
     leave: str  # the submodule whose output is the tokens' noise
     processor: type[RASAttnProcessor]
 
+    @abstractmethod
     def attention_layers(self, transformer: Any) -> Iterator[Any]:
         """The layers whose keys and values are cached."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather_entered(self, output: Any, rows: Tensor) -> Any:
         """The active rows of what `enter` returned."""
-        raise NotImplementedError
 
     def gather_inputs(self, inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
         """Those inputs that have a row per image token, with the active rows alone."""
