@@ -1,7 +1,7 @@
 """Train the bundled model: a tiny `StableDiffusion3Pipeline` of drawn scenes.
 
-    python -m benchmarks.train --work /tmp/train --out /tmp/model
-    python -m benchmarks.train --out /tmp/model --sheet sheet.png
+    python -m benchmarks.train --work work --out model
+    python -m benchmarks.train --out model --sheet sheet.png
 
 The first form trains the autoencoder, encodes the scenes, trains the transformer and writes
 the pipeline folder; every stage resumes from the checkpoint it left in `--work`, with the
@@ -262,7 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the pipeline folder")
     parser.add_argument("--work", type=Path, help="where checkpoints and latents are kept")
-    parser.add_argument("--steps", type=int, default=4500, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=4300, help="of the transformer")
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
