@@ -24,12 +24,12 @@ setup(
     install_requires=[
         "torch>=2.6",
         'triton>=3.2; platform_system == "Linux"',
-        "diffusers>=0.33",
+        "diffusers>=0.35",
         "einops>=0.8",
         "transformers>=4.48",
         "numpy",
         "pillow>=10.1",
     ],
-    extras_require={"dev": ["accelerate>=1.0", "mypy", "peft>=0.15", "pytest>=8", "ruff"]},
+    extras_require={"dev": ["accelerate>=1.0", "mypy", "peft>=0.17", "pytest>=8", "ruff"]},
     entry_points={"console_scripts": ["ras = ras.cli:main"]},
 )

@@ -414,7 +414,8 @@ def _info(options: argparse.Namespace) -> None:
     """Print versions, devices with the kernels that would run on them, and the bundled model."""
     lines = {"ras": ras.__version__, "ras_kernels": ras_kernels.__version__}
     lines["python"] = f"{platform.python_version()} on {platform.platform()}"
-    lines |= {name: _version(name) for name in ("torch", "triton", "diffusers", "transformers")}
+    lines["torch"] = torch.__version__  # its metadata may lack the build, such as +cu130
+    lines |= {name: _version(name) for name in ("triton", "diffusers", "transformers")}
     lines["cpu"] = _device_line(f"{_processor()}, {torch.get_num_threads()} threads", "cpu")
     for index in range(torch.cuda.device_count()):
         name = f"cuda:{index}"
