@@ -28,7 +28,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "ring", "star", "cross", "diamond", "crescent")
 TEXTURES = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("flat", "gradient", "cloudy", "grainy", "woven")
-SIZES: dict[str, float] = {"small": 0.105, "large": 0.17}
+SIZES: dict[str, float] = {"small": 0.13, "large": 0.18}
 """Size word -> radius."""
 
 PLACES: dict[str, tuple[float, float]] = {
@@ -208,7 +208,7 @@ def _background(texture: str, x: Array, y: Array, size: int, rng: np.random.Gene
         case "grainy":
             return 0.9 + 0.1 * _noise(64, size, Image.Resampling.NEAREST, rng)
         case "woven":
-            return 0.87 + 0.13 * np.sin(64 * np.pi * x) * np.sin(64 * np.pi * y)
+            return 0.87 + 0.13 * np.sin(32 * np.pi * x) * np.sin(32 * np.pi * y)
     raise ValueError(f"no such background: {texture!r}")
 
 

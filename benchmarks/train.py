@@ -262,7 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the pipeline folder")
     parser.add_argument("--work", type=Path, help="where checkpoints and latents are kept")
-    parser.add_argument("--steps", type=int, default=4300, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=5900, help="of the transformer")
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
