@@ -4,21 +4,26 @@ from pathlib import Path
 
 from ras_kernels import __version__
 
-from .api import disable, enable, enabled, is_enabled, stats
+from .api import disable, enable, enabled, is_enabled, plan, stats
+from .calibration import calibrate
 from .config import RASConfig
 from .controller import RASWarning
+from .plan import Plan
 from .report import Stats
 
 __all__ = [
+    "Plan",
     "RASConfig",
     "RASWarning",
     "Stats",
     "__version__",
     "bundled_model",
+    "calibrate",
     "disable",
     "enable",
     "enabled",
     "is_enabled",
+    "plan",
     "stats",
 ]
 

@@ -21,14 +21,25 @@ class Walk:
     Attributes:
         branch: The skipped layers of skip-layer guidance, or () for the main call.
         rows: `(B, k)` tokens whose noise is fresh in this step, or None for all.
+        caches: Whether keys and values are kept, as some step computes some of the tokens.
+        skip: Whether nobody walks, and all noise is that of before.
+        extrapolates: Whether to keep how keys and values change.
+        gain: `(B, N, 1)`, how much of its last change is added to each image token's cached keys
+            and values, or None for nothing.
+        reuse_text: Whether the text stays behind where image tokens do.
     """
 
     branch: tuple[int, ...]
     rows: Tensor | None
+    caches: bool = True
+    skip: bool = False
+    extrapolates: bool = False
+    gain: Tensor | None = None
+    reuse_text: bool = False
 
     @property
     def main(self) -> bool:
-        """Whether K and V are cached. Another branch has other ones, and computes all tokens."""
+        """Whether it is the branch whose K and V may be cached. Any other computes all tokens."""
         return not self.branch
 
     @property
@@ -36,41 +47,76 @@ class Walk:
         """The rows that walk through the blocks, or None for all."""
         return self.rows if self.main else None
 
+    @property
+    def text_stays(self) -> bool:
+        """Whether the text tokens do not walk."""
+        return self.skip or (self.reuse_text and self.active is not None)
+
 
 class KVCache:
-    """One layer's keys and values of all tokens, `(B, N + T, G, D)`: image first, then text."""
+    """One layer's keys and values of all tokens, `(B, N + T, G, D)`: image first, then text.
+
+    Beside what a token last had, how that changed may be kept, to carry it on like its noise.
+    """
 
     def __init__(self) -> None:
         self._kept: KeyValue | None = None
+        self._changes: KeyValue | None = None  # (B, N, G, D), the image tokens' last changes
+        self._image_tokens = 0
 
-    def update(self, image: KeyValue, text: KeyValue | None, active: Tensor | None) -> KeyValue:
+    def update(
+        self,
+        image: KeyValue,
+        text: KeyValue | None,
+        active: Tensor | None,
+        *,
+        extrapolates: bool = False,
+        gain: Tensor | None = None,
+    ) -> KeyValue:
         """Write this step's keys and values and return those of all tokens.
 
         Args:
             image: Of the image tokens that walk, `(B, k, G, D)`, or of all, `(B, N, G, D)`.
-            text: Of the text tokens, `(B, T, G, D)`, if they are attended to with the image.
+            text: Of the text tokens, `(B, T, G, D)`, if they are attended to with the image and
+                walk in this step.
             active: `(B, k)` image tokens that walk, or None for all, which starts the cache.
+            extrapolates: Whether to keep how they change.
+            gain: `(B, N, 1)`, how much of its last change is added to each other image token.
         """
-        text_tokens = 0 if text is None else text[0].shape[1]
+        fresh_start = self._kept is None
         if active is None:
-            self._kept = self._room(image, image[0].shape[1] + text_tokens)
+            self._image_tokens = image[0].shape[1]
+            text_tokens = 0 if text is None else text[0].shape[1]
+            kept = self._room(image, self._image_tokens + text_tokens)
+            fresh_start = fresh_start or kept is not self._kept
+            self._kept = kept
         assert self._kept is not None
+        if extrapolates and (self._changes is None or fresh_start):
+            key = image[0]
+            shape = (key.shape[0], self._image_tokens, *key.shape[2:])
+            self._changes = normal_empty(key, shape).zero_(), normal_empty(key, shape).zero_()
+        returned = []
         for index, cached in enumerate(self._kept):
-            tokens = cached[:, : cached.shape[1] - text_tokens]
-            if active is None:
-                tokens.copy_(image[index])
-            else:
-                ras_kernels.scatter_tokens_(tokens, active, image[index])
+            tokens = cached[:, : self._image_tokens]
+            if extrapolates and self._changes is not None and not fresh_start:
+                write(self._changes[index], active, image[index] - read(tokens, active))
+            write(tokens, active, image[index])
             if text is not None:
-                cached[:, cached.shape[1] - text_tokens :] = text[index]
-        return self._kept
+                cached[:, self._image_tokens :] = text[index]
+            if gain is not None and self._changes is not None and active is not None:
+                cached = cached.clone()
+                tokens = cached[:, : self._image_tokens]
+                tokens.addcmul_(self._changes[index], gain[..., None].to(cached.dtype))
+                ras_kernels.scatter_tokens_(tokens, active, image[index])
+            returned.append(cached)
+        return returned[0], returned[1]
 
     def clear(self) -> None:
-        self._kept = None
+        self._kept = self._changes = None
 
     @property
     def nbytes(self) -> int:
-        return sum(cached.nbytes for cached in self._kept or ())
+        return sum(cached.nbytes for cached in (*(self._kept or ()), *(self._changes or ())))
 
     def _room(self, image: KeyValue, rows: int) -> KeyValue:
         """The cache as it is if `image` fits, else a new one."""
@@ -81,6 +127,19 @@ class KVCache:
             if (old.shape, old.dtype, old.device) == (shape, key.dtype, key.device):
                 return self._kept
         return normal_empty(key, shape), normal_empty(key, shape)
+
+
+def read(kept: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows `(B, k)` of `(B, N, ...)`, or all (None)."""
+    return kept if rows is None else ras_kernels.gather_tokens(kept, rows)
+
+
+def write(kept: Tensor, rows: Tensor | None, new: Tensor) -> None:
+    """Overwrite the rows `(B, k)` of `(B, N, ...)`, or all (None)."""
+    if rows is None:
+        kept.copy_(new)
+    else:
+        ras_kernels.scatter_tokens_(kept, rows, new)
 
 
 def normal_empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:

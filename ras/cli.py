@@ -33,6 +33,7 @@ import ras
 import ras_kernels
 
 from . import pictures
+from .config import DEFAULT_SPEEDUP
 
 BUNDLED_CALL: dict[str, Any] = {"guidance_scale": 4.0, "max_sequence_length": 0}
 """What the bundled model's pipeline is called with: it was trained without T5's tokens."""
@@ -92,11 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=_number(int, 0, 2**64 - 1), default=0, help="default: %(default)s")
     add("--steps", type=_number(int, 1), default=28, help="default: %(default)s")
     add(
+        "--speedup",
+        type=float,
+        metavar="FACTOR",
+        help=f"tokens of a dense run per token computed; default: {DEFAULT_SPEEDUP:g}",
+    )
+    add("--plan", metavar="FILE", help="a plan that ras.calibrate has made, instead")
+    add(
         "--sample-ratio",
         type=float,
-        default=ras.RASConfig().sample_ratio,
         metavar="RATIO",
-        help="the share of the regions that a sparse step computes; default: %(default)s",
+        help="the paper's schedule instead, in which a sparse step computes that share",
     )
     add("--height", type=_number(int, 1), metavar="PIXELS", help="default: the model's")
     add("--width", type=_number(int, 1), metavar="PIXELS", help="default: the model's")
@@ -196,7 +203,8 @@ class _RasRun(_Run):
 
 
 def _generate(options: argparse.Namespace) -> None:
-    config = ras.RASConfig(sample_ratio=options.sample_ratio)
+    plan = None if options.plan is None else ras.Plan.load(options.plan)
+    config = ras.RASConfig(options.speedup, plan, options.sample_ratio)
     pipe = _load(options)
     dense: list[_Run]
     sparse: list[_RasRun]
@@ -337,6 +345,7 @@ def _figures(dense: list[_Run], sparse: list[_RasRun]) -> dict[str, Any]:
         "identical": None,
         "steps_dense": stats.steps_dense,
         "steps_sparse": stats.steps_sparse,
+        "steps_skipped": stats.steps_skipped,
         "tokens_computed": stats.tokens_computed,
         "tokens_total": stats.tokens_total,
         "text_tokens": stats.text_tokens,
@@ -357,7 +366,8 @@ def _side_by_side(dense: _Run, sparse: _RasRun, report: dict[str, Any]) -> Image
     assert counts is not None  # as there was a run
     figures = [
         f"{report['steps']} steps",
-        f"sample ratio {report['config']['sample_ratio']:g}",
+        f"{report['steps_dense']} steps dense, {report['steps_sparse']} sparse, "
+        f"{report['steps_skipped']} skipped",
         f"seed {report['seed']}",
         f"speed-up {report['speedup']:.2f}x (ceiling {report['speedup_ceiling']:.2f}x)",
         _difference(report),
@@ -383,8 +393,9 @@ def _summary(report: dict[str, Any]) -> str:
     """The report's main figures, one a line."""
     share = report["tokens_computed"] / report["tokens_total"]
     ras_run = (
-        f"{report['seconds_ras']:.2f} s ({report['steps_dense']} dense steps and "
-        f"{report['steps_sparse']} sparse ones, {share:.0%} of the image tokens)"
+        f"{report['seconds_ras']:.2f} s ({report['steps_dense']} dense steps, "
+        f"{report['steps_sparse']} sparse and {report['steps_skipped']} skipped, {share:.0%} of "
+        "the image tokens)"
     )
     ceiling = f"{report['speedup_ceiling']:.2f}x"
     if report["speedup"] is None:

@@ -10,78 +10,124 @@ from typing import Any
 
 from ras_kernels import METRICS
 
+from .plan import Plan, as_plan
+
+DEFAULT_SPEEDUP = 2.0
+EXTRAPOLATION = 0.625
+SELECTIONS = ("drift", *METRICS)
+
 
 @dataclass(frozen=True)
 class RASConfig:
-    """The settings of region-adaptive sampling, by the names of arXiv 2502.10389.
+    """The settings of region-adaptive sampling, by the names of arXiv 2502.10389 where it has any.
 
-    Steps are solver steps, counted from 0 at the first one that a run executes. A step is sparse
-    unless it comes before `scheduler_start_step` or after `scheduler_end_step`, or is in
-    `error_reset_steps`; the first step is always dense.
+    What each step computes comes from `plan`; else, if `speedup` is None and `sample_ratio` is
+    given, from the paper's schedule; else from a plan made for `speedup` (2 if that is None too).
+    Steps are solver steps, counted from 0 at the first one that a run executes.
+
+    In the paper's schedule a step computes `sample_ratio` of the tokens unless it comes before
+    `scheduler_start_step` (None: 4) or after `scheduler_end_step`, or is in `error_reset_steps`
+    (None: 12 and 20). Where a plan is made for a speed-up, those steps are dense too, as far as
+    they are given, and `sample_ratio` is what its partial steps compute.
 
     Attributes:
-        sample_ratio: Share of the image tokens that a sparse step computes, in (0, 1].
-            `int((1 - sample_ratio) * N)` of N tokens are dropped.
+        speedup: Tokens of a dense run per token computed, text included, at least 1.
+        plan: What each step computes: a `ras.Plan`, the file of one, or its shares. A run of
+            another number of steps is planned anew for the same speed-up.
+        sample_ratio: Share of the image tokens that a partial step computes, in (0, 1].
+            `int((1 - sample_ratio) * N)` of N tokens are dropped in the paper's schedule.
         error_reset_steps: Steps in which all tokens are computed, which ends the drift of what
             was reused. Whole numbers are steps; those beyond the end of a run are ignored.
             Fractions in (0, 1) are shares of the run: step `int(fraction * steps)`.
-        metric: How regions are scored on the guided noise: `"std"` or `"l2norm"`, see
-            `ras_kernels.region_scores`.
-        high_ratio: Share of the dropped tokens that have the highest scores, in [0, 1]; the
-            rest have the lowest.
-        starvation_scale: How strongly the steps that a region has waited speak for it, at least
-            0, see `ras_kernels.select_regions`.
-        scheduler_start_step: The first step that may be sparse.
-        scheduler_end_step: The last step that may be sparse; None is the run's last.
-        skip_num_step: How many more tokens are dropped each time that `skip_num_step_length`
-            steps have gone by, around the mean that `sample_ratio` gives; 0 drops the same number
-            in every sparse step.
+        scheduler_start_step: The first step that may be other than dense.
+        scheduler_end_step: The last step that may be other than dense; None is the run's last.
+        skip_num_step: How many more tokens the paper's schedule drops each time that
+            `skip_num_step_length` steps have gone by, around the mean that `sample_ratio` gives.
         skip_num_step_length: See `skip_num_step`; at least 1 if that is not 0.
+        metric: Which tokens a partial step computes: `"drift"`, those whose reused noise is
+            predicted to be most in error (see `ras.selection`); `"std"` or `"l2norm"`, by the
+            paper's scores (see `ras_kernels.region_scores`) and the two settings below.
+        high_ratio: Share of the dropped tokens that have the highest scores, in [0, 1]; the
+            rest have the lowest. Not for `"drift"`.
+        starvation_scale: How strongly the steps that a region has waited speak for it, at least
+            0, see `ras_kernels.select_regions`. Not for `"drift"`.
+        extrapolation: What reused noise becomes: the last predicted noise, plus this share of
+            its last change after an equally long time (see `ras.reuse`), in [0, 1]. 0 holds it.
+        kv_correction: Whether the keys and values of inactive tokens are carried on in the same
+            way, which takes a second cache.
+        reuse_text: Whether partial steps leave the text tokens out, so that their last keys and
+            values serve again, where they walk with the image (Stable Diffusion 3).
+        mask_margin: By how many tokens the regions that `mask` marks are widened, at least 0.
 
     Raises:
         ValueError, TypeError: A value that is out of its range or of a wrong type.
     """
 
-    sample_ratio: float = 0.5
-    error_reset_steps: tuple[int | float, ...] = (12, 20)
-    metric: str = "std"
-    high_ratio: float = 0.3
-    starvation_scale: float = 1.0
-    scheduler_start_step: int = 4
+    speedup: float | None = None
+    plan: Plan | None = None
+    sample_ratio: float | None = None
+    error_reset_steps: tuple[int | float, ...] | None = None
+    scheduler_start_step: int | None = None
     scheduler_end_step: int | None = None
     skip_num_step: int = 0
     skip_num_step_length: int = 0
+    metric: str = "drift"
+    high_ratio: float = 0.3
+    starvation_scale: float = 1.0
+    extrapolation: float = EXTRAPOLATION
+    kv_correction: bool = True
+    reuse_text: bool = False
+    mask_margin: int = 1
 
     def __post_init__(self) -> None:
-        _number("sample_ratio", self.sample_ratio)
-        if not 0 < self.sample_ratio <= 1:
-            raise ValueError(
-                f"sample_ratio must be in (0, 1], got {self.sample_ratio!r}; 1 computes all tokens"
-            )
-        if isinstance(self.error_reset_steps, str) or not isinstance(
-            self.error_reset_steps, Iterable
-        ):
-            raise TypeError(
-                f"error_reset_steps must be a sequence of steps, got {self.error_reset_steps!r}; "
-                "() means none"
-            )
-        resets = tuple(self.error_reset_steps)
-        for reset in resets:
-            _reset(reset)
-        object.__setattr__(self, "error_reset_steps", resets)
-        if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
-        _number("high_ratio", self.high_ratio)
-        if not 0 <= self.high_ratio <= 1:
-            raise ValueError(f"high_ratio must be in [0, 1], got {self.high_ratio!r}")
+        if self.speedup is not None:
+            _number("speedup", self.speedup)
+            if not 1 <= self.speedup < math.inf:
+                raise ValueError(f"speedup must be at least 1, got {self.speedup!r}; 1 is dense")
+        if self.plan is not None:
+            if self.speedup is not None or self.sample_ratio is not None:
+                raise ValueError(
+                    "plan says what each step computes; leave out speedup and sample_ratio"
+                )
+            object.__setattr__(self, "plan", as_plan(self.plan))
+        if self.sample_ratio is not None:
+            _number("sample_ratio", self.sample_ratio)
+            if not 0 < self.sample_ratio <= 1:
+                raise ValueError(
+                    f"sample_ratio must be in (0, 1], got {self.sample_ratio!r}; 1 computes all "
+                    "tokens"
+                )
+        if self.error_reset_steps is not None:
+            if isinstance(self.error_reset_steps, str) or not isinstance(
+                self.error_reset_steps, Iterable
+            ):
+                raise TypeError(
+                    "error_reset_steps must be a sequence of steps, got "
+                    f"{self.error_reset_steps!r}; () means none"
+                )
+            resets = tuple(self.error_reset_steps)
+            for reset in resets:
+                _reset(reset)
+            object.__setattr__(self, "error_reset_steps", resets)
+        if self.metric not in SELECTIONS:
+            raise ValueError(f"metric must be one of {', '.join(SELECTIONS)}, got {self.metric!r}")
+        for name in ("high_ratio", "extrapolation"):
+            value = getattr(self, name)
+            _number(name, value)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
         _number("starvation_scale", self.starvation_scale)
         if not 0 <= self.starvation_scale < math.inf:
             raise ValueError(
                 f"starvation_scale must be at least 0 and finite, got {self.starvation_scale!r}"
             )
-        _step("scheduler_start_step", self.scheduler_start_step)
-        if self.scheduler_end_step is not None:
-            _step("scheduler_end_step", self.scheduler_end_step)
+        for name in ("scheduler_start_step", "scheduler_end_step"):
+            if getattr(self, name) is not None:
+                _step(name, getattr(self, name))
+        for name in ("kv_correction", "reuse_text"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        _step("mask_margin", self.mask_margin)
         _whole("skip_num_step", self.skip_num_step)
         _step("skip_num_step_length", self.skip_num_step_length)
         if self.skip_num_step and not self.skip_num_step_length:
@@ -94,19 +140,19 @@ class RASConfig:
     def paper(cls, **overrides: Any) -> RASConfig:
         """The method of arXiv 2502.10389 with its settings for SD3, whatever the defaults become.
 
-        Cached noise is held as it is, and the same number of tokens is dropped in every sparse
-        step unless `skip_num_step` says otherwise.
+        Cached noise, keys and values are held as they are, and the same number of tokens is
+        dropped in every sparse step unless `skip_num_step` says otherwise.
         """
         settings: dict[str, Any] = dict(
             sample_ratio=0.5,
             error_reset_steps=(12, 20),
+            scheduler_start_step=4,
             metric="std",
             high_ratio=0.3,
             starvation_scale=1.0,
-            scheduler_start_step=4,
-            scheduler_end_step=None,
-            skip_num_step=0,
-            skip_num_step_length=0,
+            extrapolation=0.0,
+            kv_correction=False,
+            reuse_text=False,
         )
         return cls(**(settings | overrides))
 

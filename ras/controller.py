@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 import ras_kernels
 
 from .adapters import Adapter
-from .attention import Walk, normal_empty
+from .attention import Walk
 from .config import RASConfig
+from .masks import MaskWatch, masked_regions
+from .planner import plan_run
 from .report import Stats
+from .reuse import HeldNoise
 from .run import Run
-from .scheduler import StepWatch
-from .slots import HookSlot, ProcessorSlot, forget_fused_originals
+from .scheduler import StepWatch, noise_levels
+from .selection import Selection
+from .slots import ForwardSlot, HookSlot, ProcessorSlot, forget_fused_originals
 
 _CONTROLLER = "_ras_controller"  # on the transformer, while enabled
 _RESET = "_reset_stateful_cache"  # what pipelines call on their components when they return
@@ -39,10 +45,13 @@ class Controller:
         *,
         scheduler: Any,
         pipe: Any,
+        mask: Tensor | Literal[False] | None,
     ) -> None:
         self._transformer = transformer
         self._adapter = adapter
-        self._config = config
+        self.config = config
+        self._mask = None if mask is False else mask
+        self._watches_mask = mask is None
         self._scheduler = scheduler
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._parameters = list(inspect.signature(transformer.forward).parameters)
@@ -54,6 +63,8 @@ class Controller:
             ProcessorSlot(attn, adapter.processor, lambda: self._walk)
             for attn in adapter.attention_layers(transformer)
         ]
+        self._forward: ForwardSlot | None = None
+        self._mask_watch: MaskWatch | None = None
         self._handles: list[Any] = []
         self._watch: StepWatch | None = None
         self._walk: Walk | None = None  # of the call under way; None: RAS stands aside
@@ -66,7 +77,16 @@ class Controller:
     @staticmethod
     def of(transformer: nn.Module) -> Controller | None:
         """The controller of an enabled transformer."""
-        return vars(transformer).get(_CONTROLLER)
+        controller = vars(transformer).get(_CONTROLLER)
+        # A deep copy of an enabled transformer is not enabled.
+        return controller if controller is not None and controller.serves(transformer) else None
+
+    def serves(self, transformer: object) -> bool:
+        return transformer is self._transformer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        """Itself: the hooks of a deep copy of the transformer lead here, and do nothing."""
+        return self
 
     def obstacle(self) -> str | None:
         """The name of an attention processor that RAS cannot stand in for."""
@@ -79,6 +99,10 @@ class Controller:
             self._transformer.register_forward_pre_hook(self._before_call, with_kwargs=True),
             self._transformer.register_forward_hook(self._after_call, always_call=True),
         ]
+        self._forward = ForwardSlot(self._transformer, _skipped)
+        pipe = None if self._pipe is None else self._pipe()
+        if self._watches_mask and hasattr(pipe, "prepare_mask_latents"):
+            self._mask_watch = MaskWatch(pipe)
         self._put_in_place()
         self._follow_scheduler()
 
@@ -86,8 +110,10 @@ class Controller:
         """Take off whatever is still ours."""
         self._free()
         self._walk = self._run = None
-        for part in (*self._handles, *self._hooks, *self._layers, self._watch):
+        for part in (*self._handles, *self._hooks, *self._layers, self._forward, self._watch):
             part.remove()
+        if self._mask_watch is not None:
+            self._mask_watch.remove()
         forget_fused_originals(self._transformer)
         delattr(self._transformer, _CONTROLLER)
         delattr(self._transformer, _RESET)
@@ -121,6 +147,8 @@ class Controller:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Decide how the tokens of this call go, before any of them enters."""
+        if not self.serves(module):
+            return None
         self._walk = None
         inputs = {**dict(zip(self._parameters, args)), **kwargs}
         grid = self._grid(inputs["hidden_states"])
@@ -133,18 +161,30 @@ class Controller:
             )
             return None
         batch, branch = len(inputs["hidden_states"]), self._adapter.branch(inputs)
-        run = self._current_run(self._follow_scheduler(), grid, batch)
-        walk = self._choose_walk(run, branch, inputs)
-        active = None if walk is None else walk.active
-        run.count(active, batch, self._adapter.text_tokens(inputs), main=not branch)
-        self._walk = walk
-        if active is None:
+        text_tokens = self._adapter.text_tokens(inputs)
+        run = self._current_run(self._follow_scheduler(), grid, batch, text_tokens)
+        self._walk = walk = self._choose_walk(run, branch, inputs)
+        run.count(walk, batch, text_tokens)
+        if walk is None or walk.skip or walk.active is None:
             return None
-        gathered = self._adapter.gather_inputs(inputs, active)
+        gathered = self._adapter.gather_inputs(inputs, walk.active, reuse_text=walk.reuse_text)
         return ((), {**inputs, **gathered}) if gathered else None
 
+    def skipped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call that computes nothing returns, or None for one that does."""
+        walk, run = self._walk, self._run
+        if walk is None or run is None or not walk.skip:
+            return None
+        inputs = {**dict(zip(self._parameters, args)), **kwargs}
+        tokens = run.noise[walk.branch].predict(run.sigma, run.extrapolation(run.step))
+        noise = self._adapter.image_of(tokens, run.grid, self._transformer.config.patch_size)
+        if inputs.get("return_dict", True):
+            return Transformer2DModelOutput(sample=noise)
+        return (noise,)
+
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._walk = None
+        if self.serves(module):
+            self._walk = None
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
         patch, (height, width) = self._transformer.config.patch_size, latents.shape[-2:]
@@ -155,23 +195,41 @@ class Controller:
             )
         return height // patch, width // patch
 
-    def _current_run(self, scheduler: Any, grid: tuple[int, int], batch: int) -> Run:
+    def _current_run(
+        self, scheduler: Any, grid: tuple[int, int], batch: int, text_tokens: int
+    ) -> Run:
         """The run that this call belongs to: a new one if the scheduler has new timesteps."""
         last = self._run
         goes_on = last is not None and last.timesteps is scheduler.timesteps and last.grid == grid
         if last is not None and goes_on and not last.over:
             return last
         self._free()
-        self._run = run = Run.of(self._config, scheduler, grid, batch)
+        order, sigmas = getattr(scheduler, "order", 1), noise_levels(scheduler)
+        regions = math.prod(grid)
+        masked = self.masked(grid)
+        levels = (*sigmas[:-1:order], sigmas[-1])
+        marked = None if masked is None else masked.shape[1]
+        plan, complaint = plan_run(self.config, levels, regions, text_tokens, marked)
+        if complaint is not None:
+            self._warn("plan", complaint)
+        self._run = run = Run(
+            self.config,
+            scheduler.timesteps,
+            sigmas,
+            grid,
+            order,
+            plan,
+            plan.counts(regions),
+            samples=batch,
+            masked=None if masked is None else masked.to(scheduler.timesteps.device),
+        )
         self._runs += 1
-        if run.dense and self._config.sample_ratio < 1:
-            self._warn(
-                "dense",
-                f"none of this run's {len(run.plan)} steps can be sparse, so that all are dense: "
-                f"the first that may be is scheduler_start_step="
-                f"{self._config.scheduler_start_step}",
-            )
         return run
+
+    def masked(self, grid: tuple[int, int]) -> Tensor | None:
+        """The regions under the mask, `(S, k)`, or None without one."""
+        mask = self._mask if self._mask_watch is None else self._mask_watch.mask
+        return None if mask is None else masked_regions(mask, grid, self.config.mask_margin)
 
     def _choose_walk(
         self, run: Run, branch: tuple[int, ...], inputs: dict[str, Any]
@@ -200,17 +258,34 @@ class Controller:
             return None
         run.branches.add(branch)
         batch = len(inputs["hidden_states"])
+        begins = run.begun != run.step
         if branch:
-            return Walk(branch, None if run.rows is None else _for_batch(run.active, batch))
+            if branch in run.noise and len(run.noise[branch].noise) != batch:
+                del run.noise[branch]
+            rows = None if run.rows is None else _for_batch(run.active, batch)
+            return Walk(branch, rows, skip=run.skips and branch in run.noise)
         key = (batch, self._adapter.text_tokens(inputs), self._adapter.positions(inputs))
         fits = _same(key, run.key)
         if not fits:
             self._free()
             run.key = key
-        begins = run.begun != run.step
-        sparse = fits and (begins or run.rows is not None)  # all stages of a step are of one kind
-        run.rows = _for_batch(run.active, batch) if sparse else None
-        return Walk(branch, run.rows)
+        # All stages of a step are of one kind.
+        partial = fits and (begins or run.rows is not None)
+        run.rows = _for_batch(run.active, batch) if partial else None
+        run.skips = fits and not run.counts[run.step] and (begins or run.skips)
+        held = run.noise.get(branch)
+        gain = None
+        if self.config.kv_correction and held is not None and run.rows is not None:
+            gain = held.gain(run.sigma, run.extrapolation(run.step))
+        return Walk(
+            branch,
+            run.rows,
+            skip=run.skips,
+            caches=run.partial,
+            extrapolates=self.config.kv_correction and run.extrapolates,
+            gain=gain,
+            reuse_text=self.config.reuse_text,
+        )
 
     def _enter(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Only the active tokens go on."""
@@ -223,14 +298,13 @@ class Controller:
         walk, run = self._walk, self._run
         if walk is None or run is None:
             return noise
-        cached = run.noise.get(walk.branch)
-        if walk.rows is not None and cached is not None and len(cached) == len(noise):
-            fresh = noise if walk.main else ras_kernels.gather_tokens(noise, walk.rows)
-            return ras_kernels.merge_noise_(cached, walk.rows, fresh)
-        if cached is None or (cached.shape, cached.dtype) != (noise.shape, noise.dtype):
-            run.noise[walk.branch] = cached = normal_empty(noise, noise.shape)
-        cached.copy_(noise)
-        return noise
+        held = run.noise.get(walk.branch)
+        rows = walk.rows if held is not None and held.fits(noise) else None
+        if held is None or (rows is None and held.noise.shape != noise.shape):
+            run.noise[walk.branch] = held = HeldNoise(noise, extrapolates=run.extrapolates)
+        if rows is not None and not walk.main:
+            noise = ras_kernels.gather_tokens(noise, rows)
+        return held.merge(noise, rows, run.sigma, run.extrapolation(run.step))
 
     # --- a step of the scheduler --------------------------------------------------------------
 
@@ -241,25 +315,20 @@ class Controller:
             return
         run.branches.clear()
         run.samples = len(noise)
+        if run.stages % run.order == 0 and not run.skips and run.partial:
+            if run.selection is None:
+                run.selection = Selection(self.config, self._transformer.config.patch_size)
+            run.selection.observe(noise, None if run.rows is None else run.active, run.sigma)
         run.stages += 1
         if run.stages % run.order:
             return  # a second-order step is not done before its second stage
-        was_dense, run.rows, run.active = run.rows is None, None, None
+        run.rows, run.active, run.skips = None, None, False
         if run.over:
             self._free()
-        elif run.plan[run.step] < run.regions and not run.unseen:
-            scores = ras_kernels.region_scores(
-                noise, self._transformer.config.patch_size, self._config.metric
-            )
-            if was_dense or run.ages is None or run.ages.shape != scores.shape:
-                run.ages = torch.zeros_like(scores, dtype=torch.int32)
-            run.active, run.ages = ras_kernels.select_regions(
-                scores,
-                run.ages,
-                run.plan[run.step],
-                high_ratio=self._config.high_ratio,
-                starvation_scale=self._config.starvation_scale,
-            )
+            run.selection = None
+        elif 0 < run.counts[run.step] < run.regions and not run.unseen:
+            assert run.selection is not None
+            run.active = run.selection.choose(noise, run.counts[run.step], run.sigma, run.masked)
 
     # --- what is kept -------------------------------------------------------------------------
 
@@ -275,12 +344,16 @@ class Controller:
     def _note_bytes(self) -> None:
         if self._run is not None:
             held = sum(layer.nbytes for layer in self._layers)
-            held += sum(cached.nbytes for cached in self._run.noise.values())
+            held += sum(noise.nbytes for noise in self._run.noise.values())
             self._run.cache_bytes = max(self._run.cache_bytes, held)
 
     def _end_of_call(self, *args: Any, **kwargs: Any) -> None:
         """What a pipeline calls when it returns, from an interrupted run too."""
         self._free()
+        if self._run is not None:
+            self._run.selection = None
+        if self._mask_watch is not None:  # the next run may be another pipeline's
+            self._mask_watch.mask = None
         inherited = getattr(type(self._transformer), _RESET, None)
         if inherited is not None:
             inherited(self._transformer, *args, **kwargs)
@@ -288,9 +361,14 @@ class Controller:
     def stats(self) -> Stats:
         told = tuple(self._warnings.values())
         if self._run is None:
-            return Stats(self._config, warnings=told)
+            return Stats(self.config, warnings=told)
         self._note_bytes()
         return self._run.stats(self._runs, told)
+
+
+def _skipped(transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    controller = Controller.of(transformer)
+    return None if controller is None else controller.skipped(args, kwargs)
 
 
 def _for_batch(active: Tensor | None, batch: int) -> Tensor | None:

@@ -2,45 +2,187 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
-from .config import RASConfig
+FORMAT = 1  # of the file
+DENSE, SKIP = 1.0, 0.0
 
 
-def plan_steps(config: RASConfig, num_steps: int, num_tokens: int) -> tuple[int, ...]:
-    """The number of image tokens that each step computes.
+@dataclass(frozen=True)
+class Plan:
+    """For each solver step the share of the image tokens that it computes.
 
-    Args:
-        config: The settings.
-        num_steps: Solver steps that the run executes.
-        num_tokens: Image tokens of one sample, N.
+    Attributes:
+        shares: One number in [0, 1] per step: 1 computes all tokens (a dense step), 0 nothing at
+            all (the step takes the noise that `extrapolation` predicts), anything between as
+            many of the most urgent tokens. The first is 1, as there is nothing to reuse before.
+        extrapolation: One number per step, how much of the noise's last change is added to what
+            is reused in that step: 0 holds the noise, 1 continues it linearly in sigma. None
+            leaves it to `RASConfig.extrapolation`.
+        note: Where the plan comes from, for people.
 
-    Returns:
-        One count in [1, N] per step; N is a dense step.
+    Raises:
+        ValueError, TypeError: Shares or factors out of range, or not one per step.
+    """
+
+    shares: tuple[float, ...]
+    extrapolation: tuple[float, ...] | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        shares = _numbers("shares", self.shares, 0, 1)
+        if not shares or shares[0] != DENSE:
+            raise ValueError(f"a plan begins with a dense step, the share 1; got {self.shares!r}")
+        object.__setattr__(self, "shares", shares)
+        if self.extrapolation is not None:
+            factors = _numbers("extrapolation", self.extrapolation, -0.5, 8)
+            if len(factors) != len(shares):
+                raise ValueError(
+                    f"extrapolation must have one number for each of the {len(shares)} steps; "
+                    f"got {len(factors)}"
+                )
+            object.__setattr__(self, "extrapolation", factors)
+        if not isinstance(self.note, str):
+            raise TypeError(f"note must be text, got {self.note!r}")
+
+    def counts(self, num_tokens: int) -> tuple[int, ...]:
+        """The number of image tokens that each step computes, out of `num_tokens`."""
+        return tuple(
+            int(share) * num_tokens
+            if share in (SKIP, DENSE)
+            else min(max(round(share * num_tokens), 1), num_tokens)
+            for share in self.shares
+        )
+
+    def speedup(self, num_tokens: int, text_tokens: int = 0, *, reuse_text: bool = False) -> float:
+        """Tokens of a dense run per token of this plan, text included.
+
+        Text walks along in every step that computes anything; with `reuse_text`, in dense ones
+        alone.
+        """
+        counts = self.counts(num_tokens)
+        with_text = sum(count == num_tokens or (count > 0 and not reuse_text) for count in counts)
+        dense = len(counts) * (num_tokens + text_tokens)
+        return dense / (sum(counts) + with_text * text_tokens)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as a small JSON file that people can read and edit."""
+        rows = [_text(share) for share in self.shares]
+        lines = [f'  "ras_plan": {FORMAT}', f'  "note": {json.dumps(self.note)}']
+        lines.append(f'  "shares": [{", ".join(rows)}]')
+        if self.extrapolation is not None:
+            factors = ", ".join(_text(factor) for factor in self.extrapolation)
+            lines.append(f'  "extrapolation": [{factors}]')
+        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Read what `save` wrote. Raises ValueError if the file is no plan."""
+        try:
+            found = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no plan: it is not JSON ({error})") from None
+        if not isinstance(found, dict) or found.get("ras_plan") != FORMAT:
+            raise ValueError(f'{path} is no plan: it does not say "ras_plan": {FORMAT}')
+        unknown = found.keys() - {"ras_plan", "note", "shares", "extrapolation"}
+        if unknown or "shares" not in found:
+            raise ValueError(
+                f"{path} is no plan: it must have shares, and may have extrapolation and note; "
+                f"got {', '.join(sorted(found.keys() - {'ras_plan'})) or 'nothing'}"
+            )
+        del found["ras_plan"]
+        try:
+            return cls(**found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no plan: {error}") from None
+
+    def __str__(self) -> str:
+        """A line per step."""
+        lines = [self.note] if self.note else []
+        for step, share in enumerate(self.shares):
+            what = {SKIP: "nothing", DENSE: "all tokens"}.get(share, f"{share:.1%} of the tokens")
+            line = f"step {step:3}  {what}"
+            if share < DENSE and self.extrapolation is not None:
+                line = f"{line:32}extrapolation {self.extrapolation[step]:g}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def as_plan(value: Any) -> Plan:
+    """A plan from what a user may give for one: a `Plan`, a file's path, or the shares.
+
+    Raises:
+        TypeError: Something else.
+        ValueError: A plan that is not valid, see `Plan`.
+        OSError: A file that cannot be read.
+    """
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, str | PathLike):
+        return Plan.load(value)
+    if isinstance(value, Sequence):
+        return Plan(tuple(value))
+    raise TypeError(f"plan must be a ras.Plan, a plan's file or a list of shares, got {value!r}")
+
+
+def paper_plan(
+    num_steps: int,
+    num_tokens: int,
+    *,
+    sample_ratio: float,
+    error_reset_steps: Sequence[int | float] = (12, 20),
+    scheduler_start_step: int = 4,
+    scheduler_end_step: int | None = None,
+    skip_num_step: int = 0,
+    skip_num_step_length: int = 0,
+) -> Plan:
+    """The schedule of arXiv 2502.10389: `sample_ratio` of the tokens in all but some steps.
+
+    See `RASConfig` for the arguments. The number of dropped tokens is truncated as in the
+    published code, and moves around its mean as `skip_num_step` says.
     """
     last = num_steps - 1
-    end = last if config.scheduler_end_step is None else min(config.scheduler_end_step, last)
-    resets = {
+    end = last if scheduler_end_step is None else min(scheduler_end_step, last)
+    dense = resets(error_reset_steps, num_steps)
+
+    def kept(step: int) -> int:
+        if step == 0 or not scheduler_start_step <= step <= end or step in dense:
+            return num_tokens
+        dropped = int((1 - sample_ratio) * num_tokens)
+        if skip_num_step:  # the middle of the sparse steps drops what sample_ratio says
+            length = skip_num_step_length
+            stage = (step - scheduler_start_step) // length
+            dropped += skip_num_step * (stage - (num_steps - scheduler_start_step) // (2 * length))
+        return num_tokens - min(max(dropped, 0), num_tokens - 1)
+
+    return Plan(tuple(kept(step) / num_tokens for step in range(num_steps)))
+
+
+def resets(error_reset_steps: Sequence[int | float], num_steps: int) -> set[int]:
+    """The steps that whole numbers and fractions of the run name."""
+    return {
         int(reset) if isinstance(reset, Integral) else int(reset * num_steps)
-        for reset in config.error_reset_steps
+        for reset in error_reset_steps
     }
-    return tuple(
-        num_tokens - _dropped(config, step, num_steps, num_tokens)
-        if step > 0 and config.scheduler_start_step <= step <= end and step not in resets
-        else num_tokens
-        for step in range(num_steps)
-    )
 
 
-def _dropped(config: RASConfig, step: int, num_steps: int, num_tokens: int) -> int:
-    """Tokens that a sparse step drops: a static number, or one that grows as the run goes on.
+def _text(number: float) -> str:
+    """A number as short as it can be written exactly."""
+    return repr(number).removesuffix(".0")
 
-    The growth is that of the paper's published code, where the middle of the sparse steps drops
-    what `sample_ratio` says.
-    """
-    dropped = int((1 - config.sample_ratio) * num_tokens)
-    if config.skip_num_step:
-        length, start = config.skip_num_step_length, config.scheduler_start_step
-        stage = (step - start) // length - (num_steps - start) // (2 * length)
-        dropped += config.skip_num_step * stage
-    return min(max(dropped, 0), num_tokens - 1)
+
+def _numbers(name: str, values: Any, low: float, high: float) -> tuple[float, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a list of numbers, one per step; got {values!r}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be numbers, got {value!r}")
+        if not low <= float(value) <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
+    return tuple(float(value) for value in values)

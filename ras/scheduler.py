@@ -8,7 +8,24 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def noise_levels(scheduler: Any) -> tuple[float, ...]:
+    """The noise level of each stage from the one that a run begins at, and that of the end.
+
+    One read of the device before a run. A scheduler without `sigmas` is taken to have timesteps
+    proportional to them.
+    """
+    begin = getattr(scheduler, "begin_index", None) or 0
+    stages = len(scheduler.timesteps) - begin
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        train = scheduler.config.get("num_train_timesteps", 1000)
+        sigmas = [*(scheduler.timesteps / train).tolist(), 0.0]
+    levels = [float(sigma) for sigma in torch.as_tensor(sigmas).tolist()][begin:]
+    return tuple(levels[: stages + 1])
 
 
 class StepWatch:

@@ -5,6 +5,9 @@ peft wraps modules; `fuse_qkv_projections`, `load_ip_adapter` and PAG pipelines 
 
 from __future__ import annotations
 
+import functools
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +71,40 @@ class ProcessorSlot:
     @property
     def nbytes(self) -> int:
         return 0 if self._ours is None else self._ours.cache.nbytes
+
+
+class ForwardSlot:
+    """A method on a transformer that may answer a call in the place of its `forward`.
+
+    A forward hook cannot keep the blocks from running. Offloading and compilation put things in
+    the same place; what was there is called through to, and is back after `remove`, unless
+    somebody has put another thing on top since.
+    """
+
+    def __init__(self, transformer: nn.Module, answer: Callable[..., Any]) -> None:
+        """`answer(transformer, *args, **kwargs)` returns the output, or None to compute it."""
+        self._transformer = transformer
+        self._before = before = vars(transformer).get("forward")
+        of = weakref.ref(transformer)  # a deep copy has this function too
+
+        @functools.wraps(type(transformer).forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = answer(self, *args, **kwargs)
+            if output is not None:
+                return output
+            if before is None or self is not of():
+                return type(self).forward(self, *args, **kwargs)
+            return before(*args, **kwargs)
+
+        self._ours = types.MethodType(forward, transformer)
+        transformer.forward = self._ours
+
+    def remove(self) -> None:
+        if vars(self._transformer).get("forward") is not self._ours:
+            return
+        del self._transformer.forward
+        if self._before is not None:
+            self._transformer.forward = self._before
 
 
 def forget_fused_originals(transformer: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The command line, run through `main` and once as a process."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from ras import cli, pictures
 
 PROMPT = "a ring"  # short enough for the small model's tokenizers
 SIZE = (128, 96)  # width and height, so that exchanging them shows
+PLAN = ras.Plan((1, 1, 0.25, 0, 1, 0), (0, 0, 0.5, 0.5, 0, 1), "for six steps")
+RATIO = dict(sample_ratio=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def generate(folder, out, *options):
-    """`ras generate` on the small model; for seconds' sake few steps, of which two are sparse."""
+    """`ras generate` on the small model; for seconds' sake few steps, half of them skipped."""
     size = ("--width", str(SIZE[0]), "--height", str(SIZE[1]))
     given = ("--model", str(folder), "--out", str(out), "--steps", "6", *size, *options)
     return cli.main(["generate", PROMPT, *given])
@@ -72,16 +75,16 @@ def place(picture, panel):
     raise AssertionError("the panel is not in the picture")
 
 
-def by_hand(folder, ratio=None, seed=0, steps=6, **call):
-    """What the interface gives for the same image: it and, with a ratio, the statistics."""
+def by_hand(folder, settings=None, seed=0, steps=6, **call):
+    """What the interface gives for the same image: it and, with settings, the statistics."""
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipe = pipelines.quiet(pipe)
-    if ratio:
-        ras.enable(pipe, sample_ratio=ratio)
+    if settings is not None:
+        ras.enable(pipe, **settings)
     generator = torch.Generator().manual_seed(seed)
     call = {"width": SIZE[0], "height": SIZE[1], **call}
     image = pipe(PROMPT, num_inference_steps=steps, generator=generator, **call).images[0]
-    return image, ras.stats(pipe) if ratio else None
+    return image, None if settings is None else ras.stats(pipe)
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ def test_compares(folder, tmp_path, capsys):
     assert captured.err == ""
     report = json.loads(captured.out)
     dense, _ = by_hand(folder)
-    sparse, stats = by_hand(folder, 0.5)
+    sparse, stats = by_hand(folder, {})
 
     picture = Image.open(out)
     counts = stats.region_counts[0].numpy()
@@ -104,12 +107,15 @@ def test_compares(folder, tmp_path, capsys):
 
     assert report["speedup"] == report["seconds_dense"] / report["seconds_ras"]
     assert report["psnr_db"] == pictures.psnr(dense, sparse) and report["identical"] is False
-    assert report["steps_dense"] == 4 and report["steps_sparse"] == 2
+    steps = ("steps_dense", "steps_sparse", "steps_skipped")
+    assert [report[name] for name in steps] == [getattr(stats, name) for name in steps]
+    assert report["steps_skipped"] > 0 and sum(report[name] for name in steps) == 6
+    assert report["speedup_ceiling"] == pytest.approx(2, rel=0.03)
     assert report["runs"] == cli.REPEATS
     tokens = ("tokens_computed", "tokens_total", "text_tokens")
     for name in (*tokens, "speedup_ceiling", "cache_bytes"):
         assert report[name] == getattr(stats, name)
-    assert report["config"]["sample_ratio"] == 0.5
+    assert report["config"] == dataclasses.asdict(ras.RASConfig())
     given = {"prompt": PROMPT, "negative_prompt": None, "seed": 0, "steps": 6, "warnings": []}
     given |= {"width": SIZE[0], "height": SIZE[1], "device": "cpu", "dtype": "float32"}
     given |= {"model": str(folder), "out": str(out)}
@@ -120,27 +126,36 @@ def test_writes_the_ras_image_alone(folder, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert generate(folder, out, "--no-compare", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    image, stats = by_hand(folder, 0.5)
+    image, stats = by_hand(folder, {})
     assert (pixels(Image.open(out)) == pixels(image)).all()
     assert report["speedup_ceiling"] == stats.speedup_ceiling and report["runs"] == 1
     assert {report[name] for name in ("seconds_dense", "speedup", "psnr_db", "identical")} == {None}
 
 
+@pytest.mark.filterwarnings("ignore::ras.RASWarning")  # of so few steps and tokens
 @pytest.mark.parametrize(
     ("options", "same"),
     [
         (["--seed", "7"], {"seed": 7}),
-        (["--sample-ratio", "0.25"], {"ratio": 0.25}),
+        (["--speedup", "1.5"], {"settings": dict(speedup=1.5)}),
+        (["--sample-ratio", "0.25"], {"settings": dict(sample_ratio=0.25)}),
+        (["--speedup", "2.5", "--sample-ratio", "0.25"], {"settings": dict(speedup=2.5, **RATIO)}),
+        (["--plan", "plan.json"], {"settings": dict(plan=PLAN)}),
         (["--steps", "7"], {"steps": 7}),
         (["--width", "64", "--height", "80"], {"width": 64, "height": 80}),
         (["--guidance-scale", "2"], {"guidance_scale": 2.0}),
         (["--negative-prompt", "blue"], {"negative_prompt": "blue"}),
     ],
 )
-def test_options_reach_the_pipeline(folder, tmp_path, options, same):
+def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch, capsys, options, same):
+    monkeypatch.chdir(tmp_path)
+    PLAN.save("plan.json")
     out = tmp_path / "out.png"
-    assert generate(folder, out, "--no-compare", *options) == 0
-    image, _ = by_hand(folder, **{"ratio": 0.5, **same})
+    assert generate(folder, out, "--no-compare", "--json", *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    image, stats = by_hand(folder, **{"settings": {}, **same})
+    assert report["tokens_computed"] == stats.tokens_computed
+    assert report["warnings"] == list(stats.warnings)
     assert image.size == Image.open(out).size
     assert (pixels(Image.open(out)) == pixels(image)).all()
 
@@ -177,10 +192,22 @@ def test_bars_name_the_run(folder, tmp_path, capsys, monkeypatch):
     json.loads(captured.out)
 
 
-def test_warns_once_where_no_step_is_sparse(folder, tmp_path, capsys, recwarn):
-    assert generate(folder, tmp_path / "out.png", "--steps", "2", "--json") == 0
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--steps", "2", "--sample-ratio", "0.5"], "2 steps"),
+        (["--speedup", "50"], "speed-up of 50"),
+        (["--steps", "8", "--plan", "plan.json"], "one of 6 steps"),
+    ],
+)
+def test_warns_once(folder, tmp_path, capsys, recwarn, monkeypatch, options, named):
+    """Where no step can be sparse, the speed-up cannot be met, or the plan is another run's."""
+    monkeypatch.chdir(tmp_path)
+    PLAN.save("plan.json")
+    assert generate(folder, tmp_path / "out.png", "--json", *options) == 0
     captured = capsys.readouterr()
     (warning,) = json.loads(captured.out)["warnings"]
+    assert named in warning
     assert captured.err == f"ras: warning: {warning}\n"
     assert not [each for each in recwarn if each.category is ras.RASWarning]
 
@@ -235,6 +262,16 @@ def test_runs_as_a_process(folder, tmp_path):
         (["--seed", str(2**64)], str(2**64)),
         (["--sample-ratio", "1.5"], "1.5"),
         (["--sample-ratio", "nan"], "nan"),
+        (["--speedup", "0.5"], "at least 1, got 0.5"),
+        (["--speedup", "nan"], "nan"),
+        (["--speedup", "inf"], "inf"),
+        (["--speedup", "fast"], "fast"),
+        (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--plan", "folder.png"], "folder.png"),
+        (["--plan", "letter.txt"], "letter.txt is no plan"),
+        (["--plan", "wrong.json"], "wrong.json is no plan: shares must be from 0 to 1, got 2"),
+        (["--plan", "plan.json", "--speedup", "2"], "leave out speedup"),
+        (["--plan", "plan.json", "--sample-ratio", "0.5"], "leave out speedup"),
         (["--guidance-scale", "inf"], "inf"),
         (["--height", "-8"], "-8"),
         (["--unheard-of"], "--unheard-of"),
@@ -244,6 +281,8 @@ def test_refuses_a_wrong_option(options, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("letter.txt").touch()
     Path("folder.png").mkdir()
+    Path("wrong.json").write_text('{"ras_plan": 1, "shares": [1, 2]}')
+    PLAN.save("plan.json")
     monkeypatch.setattr(cli, "_load", lambda options: pytest.fail("loaded a model"))
     assert cli.main(["generate", PROMPT, *options]) == 2
     assert named in error_line(capsys)

@@ -5,9 +5,14 @@ import dataclasses
 import pytest
 
 import ras
-from ras.plan import plan_steps
+from ras.planner import plan_run
 
 PAPER = ras.RASConfig.paper
+
+
+def plan_steps(config, num_steps, num_tokens):
+    sigmas = tuple(1 - step / num_steps for step in range(num_steps + 1))
+    return plan_run(config, sigmas, num_tokens, 0)[0].counts(num_tokens)
 
 
 def sparse(plan, tokens):

@@ -49,7 +49,7 @@ class LuminaAttnProcessor(RASAttnProcessor):
             `(B, k, H, D)`, which the block projects.
         """
         walk = self.walk()
-        if walk is None or not walk.main:
+        if walk is None or not walk.main or not walk.caches:
             return self.original(
                 attn,
                 hidden_states,
@@ -71,7 +71,9 @@ class LuminaAttnProcessor(RASAttnProcessor):
         rotate: Any = functools.partial(apply_rotary_emb, use_real=False)
         query, key = rotate(query, query_rotary_emb), rotate(key, key_rotary_emb)
         query, key = query.to(dtype), key.to(dtype)
-        key, value = self.cache.update((key, value), None, walk.active)
+        key, value = self.cache.update(
+            (key, value), None, walk.active, extrapolates=walk.extrapolates, gain=walk.gain
+        )
         scale = attn.scale
         if base_sequence_length is not None:
             scale *= math.sqrt(math.log(key.shape[1], base_sequence_length))

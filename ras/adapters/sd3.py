@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,27 +41,31 @@ class SD3AttnProcessor(RASAttnProcessor):
         Args:
             attn: The layer.
             hidden_states: `(B, k, C)`, the image tokens that walk.
-            encoder_hidden_states: `(B, T, C)`, the text tokens.
+            encoder_hidden_states: `(B, T, C)`, the text tokens; T is 0 where they stay behind.
         """
         walk = self.walk()
-        if walk is None or not walk.main:
+        if walk is None or not walk.main or not walk.caches:
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )
         fused = isinstance(self.original, FusedJointAttnProcessor2_0)
         query, image = _image_projections(attn, hidden_states, fused)
-        if encoder_hidden_states is None:
-            key, value = self.cache.update(image, None, walk.active)
-            return _out(attn, ras_kernels.sparse_attention(query, key, value))
-
-        text_query, text = _text_projections(attn, encoder_hidden_states, fused)
-        key, value = self.cache.update(image, text, walk.active)
-        if attn.context_pre_only:  # nobody reads the text after the last block
-            return _out(attn, ras_kernels.sparse_attention(query, key, value)), None
+        text_query, text = None, None
+        if encoder_hidden_states is not None and encoder_hidden_states.shape[1]:
+            text_query, text = _text_projections(attn, encoder_hidden_states, fused)
+        key, value = self.cache.update(
+            image, text, walk.active, extrapolates=walk.extrapolates, gain=walk.gain
+        )
         tokens = query.shape[1]
-        query = torch.cat([query, text_query], dim=1)
+        if text_query is not None and not attn.context_pre_only:
+            query = torch.cat([query, text_query], dim=1)
         output = ras_kernels.sparse_attention(query, key, value)
-        return _out(attn, output[:, :tokens]), attn.to_add_out(output[:, tokens:].flatten(2))
+        image_output = _out(attn, output[:, :tokens])
+        if encoder_hidden_states is None:
+            return image_output
+        if attn.context_pre_only:  # nobody reads the text after the last block
+            return image_output, None
+        return image_output, attn.to_add_out(output[:, tokens:].flatten(2))
 
 
 def _image_projections(
@@ -119,15 +124,25 @@ class SD3(Adapter):
     def gather_entered(self, output: Tensor, rows: Tensor) -> Tensor:
         return ras_kernels.gather_tokens(output, rows)
 
-    def gather_inputs(self, inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    def gather_inputs(
+        self, inputs: Mapping[str, Any], rows: Tensor, *, reuse_text: bool
+    ) -> dict[str, Any]:
+        gathered: dict[str, Any] = {}
         residuals = inputs.get("block_controlnet_hidden_states")
-        if residuals is None:
-            return {}
-        gathered = [ras_kernels.gather_tokens(residual, rows) for residual in residuals]
-        return {"block_controlnet_hidden_states": gathered}
+        if residuals is not None:
+            gathered["block_controlnet_hidden_states"] = [
+                ras_kernels.gather_tokens(residual, rows) for residual in residuals
+            ]
+        if reuse_text:
+            gathered["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :0]
+        return gathered
 
     def branch(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(inputs.get("skip_layers") or ())
 
     def text_tokens(self, inputs: Mapping[str, Any]) -> int:
         return inputs["encoder_hidden_states"].shape[1]
+
+    def usual_text_tokens(self, pipe: Any) -> int:
+        t5_tokens = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+        return pipe.tokenizer_max_length + t5_tokens

@@ -1,0 +1,302 @@
+"""Finding a plan for one pipeline, from what its noise does on a few prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+
+from .api import enabled, is_enabled, stats
+from .config import DEFAULT_SPEEDUP, RASConfig
+from .plan import DENSE, SKIP, Plan
+from .planner import TOLERANCE, ErrorModel, plan_run, plan_speedup, position, roughness
+from .scheduler import StepWatch, noise_levels
+
+ROUNDS = 4  # of improving the plan by real runs
+TRIED = 12  # plans in a round, those of least modelled error
+FACTORS = -0.5, 3.0  # the least and the greatest extrapolation of a step
+
+
+def calibrate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    speedup: float = DEFAULT_SPEEDUP,
+    num_inference_steps: int = 28,
+    config: RASConfig | None = None,
+    shares: Sequence[float] = (0.25, 0.5),
+    batch_size: int = 8,
+    seed: int = 0,
+    checkpoint: str | PathLike[str] | None = None,
+    **call: Any,
+) -> Plan:
+    """Search the plan that comes nearest to the dense images of some prompts at a given cost.
+
+    The prompts' dense runs give the covariance of the noise between steps, from which
+    `ras.planner` has the plan of least modelled error in an instant. Then plans near it are run:
+    those whose dense steps lie elsewhere, and those that trade a dense step for partial ones of
+    the same cost. The one whose final latents are nearest to the dense ones is kept, until no
+    neighbour is nearer.
+
+    Args:
+        pipe: The pipeline; it must not be enabled, and is left as it was.
+        prompts: What to calibrate on; 8 to 32 that are like those to come.
+        speedup: Tokens of a dense run per token computed, text included.
+        num_inference_steps: Of the runs to come: a plan is for one number of steps.
+        config: The other settings of the runs to come, `RASConfig()` if None.
+        shares: Sizes of partial steps to try, in (0, 1); () tries whole steps alone.
+        batch_size: Prompts per call of the pipeline.
+        seed: Prompt i is drawn from noise of the seed `seed + i`.
+        checkpoint: A file to keep what has been measured in, from which a calibration with the
+            same arguments goes on after an interruption.
+        **call: Other arguments of the pipeline's call, such as `guidance_scale`.
+
+    Returns:
+        The plan, for `ras.enable(pipe, plan=…)`; `save` keeps it.
+
+    Raises:
+        ValueError: No prompts, an enabled pipeline, or a checkpoint of another calibration.
+    """
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("calibrate needs at least one prompt")
+    if is_enabled(pipe):
+        raise ValueError("calibrate needs the pipeline as it is; call ras.disable(pipe) first")
+    for share in shares:
+        if not 0 < share < 1:
+            raise ValueError(f"shares must be in (0, 1), got {share!r}")
+    runs = _Runs(pipe, prompts, num_inference_steps, batch_size, seed, call)
+    key = [prompts, speedup, num_inference_steps, list(shares), seed, str(config), str(call)]
+    log = _Log(None if checkpoint is None else Path(checkpoint), json.dumps(key))
+    bar = diffusers_logging.tqdm(total=len(runs) * (4 + ROUNDS * TRIED), desc="calibrating")
+
+    measured = log.kept("noise", lambda: runs.dense(bar.update))
+    sigmas, kernel = measured["sigmas"], np.array(measured["kernel"])
+    num_tokens, text_tokens = measured["tokens"]
+    config = replace(config or RASConfig(), speedup=None, sample_ratio=None, plan=None)
+    hold = config.extrapolation == 0
+    model = ErrorModel(sigmas, kernel, hold=hold)
+    budget: dict[str, Any] = dict(
+        num_tokens=num_tokens, text_tokens=text_tokens, reuse_text=config.reuse_text
+    )
+    start = plan_speedup(model, speedup, **budget)
+    usual, _ = plan_run(replace(config, speedup=speedup), tuple(sigmas), num_tokens, text_tokens)
+
+    def tried(plan: Plan) -> tuple[float, Plan]:
+        name = json.dumps([plan.shares, plan.extrapolation])
+        return log.kept(name, lambda: runs.error(plan, config, bar.update)), plan
+
+    def fitted(shares: tuple[float, ...]) -> Plan:
+        return Plan(shares, factors(model, sigmas, shares))
+
+    best = min(
+        (tried(plan) for plan in (usual, fitted(usual.shares), fitted(start.shares))), key=_error
+    )
+    for _ in range(ROUNDS):
+        near = [
+            fitted(plan)
+            for plan in neighbours(model, best[1].shares, shares, **budget)
+            if abs(Plan(plan).speedup(**budget) / speedup - 1) <= TOLERANCE
+        ]
+        nearest = min((tried(plan) for plan in near[:TRIED]), key=_error, default=best)
+        if nearest[0] >= best[0]:
+            break
+        best = nearest
+    bar.close()
+    error, plan = best
+    return replace(
+        plan,
+        note=f"{speedup:g}x in {num_inference_steps} steps, calibrated on {len(prompts)} prompts; "
+        f"relative error of the final latents {math.sqrt(error):.4f}",
+    )
+
+
+def _error(tried: tuple[float, Plan]) -> float:
+    return tried[0]
+
+
+def factors(
+    model: ErrorModel, sigmas: Sequence[float], shares: Sequence[float]
+) -> tuple[float, ...]:
+    """The extrapolation of each step that amounts to the model's gain there (see `ras.reuse`)."""
+    found = [0.0] * len(shares)
+    dense = [step for step, share in enumerate(shares) if share == DENSE]
+    for before, last, end in zip(dense, dense[1:], [*dense[2:], len(shares)], strict=False):
+        steps = np.arange(last + 1, end)
+        behind = abs(position(sigmas[last]) - position(sigmas[before]))
+        gains = model.gains(before, last, steps)
+        for step, gain in zip(steps.tolist(), gains, strict=True):
+            ratio = abs(position(sigmas[step]) - position(sigmas[last])) / max(behind, 1e-9)
+            found[step] = _factor(float(gain), ratio)
+    return tuple(found)
+
+
+def _factor(gain: float, ratio: float) -> float:
+    """The extrapolation whose gain after `ratio` times the last gap is `gain`: by bisection."""
+    low, high = FACTORS
+    for _ in range(30):
+        middle = (low + high) / 2
+        h = roughness(middle)
+        if ((1 + ratio) ** h - ratio**h - 1) / 2 < gain:
+            low = middle
+        else:
+            high = middle
+    return round(middle, 4)
+
+
+def neighbours(
+    model: ErrorModel,
+    shares: tuple[float, ...],
+    sizes: Sequence[float],
+    num_tokens: int,
+    text_tokens: int,
+    reuse_text: bool,
+) -> list[tuple[float, ...]]:
+    """Plans one move away at the same cost, those of least modelled error first.
+
+    A move takes a dense or partial step to a skipped one nearby, or makes partial steps of a
+    dense one; two of the first kind come for one of the second.
+    """
+    n = len(shares)
+    moved: set[tuple[float, ...]] = set()
+    split: set[tuple[float, ...]] = set()
+    for step in range(1, n):
+        if shares[step] == SKIP:
+            continue
+        for other in range(max(1, step - 3), min(n, step + 4)):
+            if shares[other] == SKIP:
+                plan = list(shares)
+                plan[step], plan[other] = SKIP, shares[step]
+                moved.add(tuple(plan))
+        if shares[step] < DENSE:
+            continue
+        for size in sizes:
+            text = 0 if reuse_text else text_tokens
+            count = round((num_tokens + text_tokens) / (size * num_tokens + text))
+            plan = list(shares)
+            plan[step] = size
+            free = sorted(
+                (s for s in range(1, n) if shares[s] == SKIP), key=lambda s: abs(s - step)
+            )
+            for place in free[: count - 1]:
+                plan[place] = size
+            split.add(tuple(plan))
+
+    def error(plan: tuple[float, ...]) -> float:
+        dense = [step for step, share in enumerate(plan) if share == DENSE]
+        return model.error(dense)
+
+    moves, splits = sorted(moved, key=error), sorted(split, key=error)
+    triples = zip_longest(moves[::2], moves[1::2], splits)
+    return [plan for triple in triples for plan in triple if plan is not None]
+
+
+class _Runs:
+    """Runs of the pipeline on the prompts, batch by batch."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: list[str],
+        steps: int,
+        batch_size: int,
+        seed: int,
+        call: dict[str, Any],
+    ) -> None:
+        self._pipe, self._prompts, self._seed = pipe, prompts, seed
+        self._batch_size = batch_size
+        self._call = {**call, "num_inference_steps": steps, "output_type": "latent"}
+        self._final: list[Tensor] = []
+        self._noise: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._prompts) / self._batch_size)
+
+    def _batches(self) -> Iterator[Tensor]:
+        for first in range(0, len(self._prompts), self._batch_size):
+            prompts = self._prompts[first : first + self._batch_size]
+            seeds = range(self._seed + first, self._seed + first + len(prompts))
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            yield self._pipe(prompts, generator=generators, return_dict=False, **self._call)[0]
+
+    def dense(self, tick: Callable[[], object]) -> dict[str, Any]:
+        """The covariance of the guided noise between the steps of dense runs."""
+        scheduler, kernel = self._pipe.scheduler, np.zeros(())
+        with enabled(self._pipe, speedup=1.0):  # counts the tokens, computes them all
+            watch = StepWatch(scheduler, self._see)
+            try:
+                self._final = []
+                for final in self._batches():
+                    self._final.append(final)
+                    noise = torch.stack(self._noise[:: getattr(scheduler, "order", 1)])
+                    self._noise.clear()
+                    flat = noise.flatten(1).double()
+                    kernel = kernel + (flat @ flat.T / len(self._prompts)).cpu().numpy()
+                    tick()
+            finally:
+                watch.remove()
+            done = stats(self._pipe)
+            assert done.region_counts is not None
+        order = getattr(scheduler, "order", 1)
+        sigmas = noise_levels(scheduler)
+        regions = math.prod(done.region_counts.shape[1:])
+        calls = done.tokens_total / regions
+        return {
+            "sigmas": [*sigmas[:-1:order], sigmas[-1]],
+            "kernel": kernel.tolist(),
+            "tokens": [regions, round(done.text_tokens_total / calls)],
+        }
+
+    def _see(self, noise: Tensor) -> None:
+        self._noise.append(noise)
+
+    def error(self, plan: Plan, config: RASConfig, tick: Callable[[], object]) -> float:
+        """The square error of the final latents, as a share of the dense ones'.
+
+        It is the geometric mean over the images, so that none counts for more than others: the
+        mean of decibels.
+        """
+        if not self._final:  # of an interrupted calibration
+            self._final = list(self._batches())
+        logarithms = []
+        with enabled(self._pipe, replace(config, plan=plan)):
+            for dense, final in zip(self._final, self._batches(), strict=True):
+                wrong = (final - dense).double().square().flatten(1).sum(1)
+                size = dense.double().square().flatten(1).sum(1)
+                logarithms += (wrong / size).clamp_min(1e-16).log().tolist()
+                tick()
+        return math.exp(sum(logarithms) / len(logarithms))
+
+
+class _Log:
+    """What has been measured, by name, kept in a file if there is one."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path, self._found = path, {"calibration": key}
+        if path is not None and path.exists():
+            try:
+                self._found = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is no checkpoint: {error}") from None
+            if not isinstance(self._found, dict) or self._found.get("calibration") != key:
+                raise ValueError(f"{path} is of another calibration; name another checkpoint")
+
+    def kept(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self._found:
+            self._found[name] = measure()
+            if self._path is not None:
+                part = self._path.with_suffix(".part")
+                part.write_text(json.dumps(self._found))
+                part.replace(self._path)
+        return self._found[name]

@@ -1,0 +1,371 @@
+"""`ras.calibrate`, which measures a plan, and `ras.plan`, which shows one before a run."""
+
+import functools
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
+from pipelines import normal
+from test_models import Stop
+from test_undo import Snapshot, check_undone
+
+import ras
+from ras import calibration, cli
+from ras.planner import ErrorModel, covariance, plan_run, plan_speedup
+from ras.reuse import HeldNoise
+
+pytestmark = pytest.mark.filterwarnings("error::ras.RASWarning")
+
+PROMPTS = ["a red ring", "nine lives"]
+CALL = dict(guidance_scale=4.0, max_sequence_length=4, **pipelines.size(16, 16))
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def few_runs(monkeypatch):
+    monkeypatch.setattr(calibration, "ROUNDS", 2)
+    monkeypatch.setattr(calibration, "TRIED", 3)
+    with torch.no_grad():
+        yield
+
+
+def build(**options):
+    parts = pipelines.text_encoders()
+    return pipelines.sd3(vae=pipelines.autoencoder(), parts=parts, **options)
+
+
+def calibrate(pipe, speedup=2.0, **options):
+    options = {**dict(num_inference_steps=STEPS, **CALL), **options}
+    return ras.calibrate(pipe, PROMPTS, speedup=speedup, **options)
+
+
+def latents(pipe, seed=0):
+    """The final latents of the prompts, as calibration draws them."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(PROMPTS))]
+    call = dict(CALL, num_inference_steps=STEPS, output_type="latent", generator=generators)
+    return pipe(PROMPTS, **call).images
+
+
+class Calls:
+    """Counts a pipeline's calls, and stops at the one of number `stop_at`."""
+
+    def __init__(self, monkeypatch):
+        self.made, self.stop_at, call = 0, None, StableDiffusion3Pipeline.__call__
+
+        def counted(pipe, *args, **kwargs):
+            if self.made == self.stop_at:
+                raise Stop
+            self.made += 1
+            return call(pipe, *args, **kwargs)
+
+        monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", counted)
+
+
+# --- calibrate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, dict(reuse_text=True), dict(extrapolation=0)])
+@pytest.mark.parametrize("speedup", [1.6, 2.5])
+def test_the_plan_is_the_one_that_was_nearest(tmp_path, speedup, settings):
+    """At the asked cost; what its note says is what a run of it gives."""
+    pipe, config = build(), ras.RASConfig(**settings)
+    before, expected = Snapshot(pipe), latents(pipe)
+    path = tmp_path / "log.json"
+    plan = calibrate(pipe, speedup, config=config, checkpoint=path)
+    check_undone(before, pipe)
+    assert torch.equal(latents(pipe), expected)
+
+    reuse_text = config.reuse_text
+    assert len(plan.shares) == STEPS
+    assert plan.speedup(64, 12, reuse_text=reuse_text) == pytest.approx(speedup, rel=0.03)
+    with ras.enabled(pipe, config, plan=plan):
+        found = latents(pipe)
+        assert ras.stats(pipe).speedup_ceiling == pytest.approx(speedup, rel=0.03)
+        assert ras.stats(pipe).plan == plan
+    parts = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    error = parts.log().mean().exp().item()
+    assert float(re.search(r"latents ([\d.]+)", plan.note)[1]) == pytest.approx(error, abs=1e-4)
+    measured = json.loads(path.read_text())
+    tried = {n: e for n, e in measured.items() if n not in ("calibration", "noise")}
+    assert 1 < len(tried) <= 9 and min(tried.values()) == pytest.approx(error**2, rel=1e-3)
+    shares, factors = json.loads(min(tried, key=tried.get))
+    assert tuple(shares) == plan.shares and (factors and tuple(factors)) == plan.extrapolation
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("scheduler", [pipelines.euler, FlowMatchHeunDiscreteScheduler])
+def test_the_kernel_is_that_of_the_guided_noise(monkeypatch, tmp_path, scheduler, batch_size):
+    """Of the first stage of each step, summed over all pixels, the mean over the prompts."""
+    pipe = build(scheduler=scheduler())
+    cls = type(pipe.scheduler)
+    noises, step = [], cls.step
+
+    @functools.wraps(step)
+    def recorded(scheduler, noise, *args, **kwargs):
+        noises.append(noise.clone())
+        return step(scheduler, noise, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "step", recorded)
+    latents(pipe)
+    order = pipe.scheduler.order
+    stages = torch.stack(noises[::order]).double()  # (step, prompt, ...)
+    assert len(stages) == STEPS and stages.shape[1] == 2
+    expected = np.zeros((STEPS, STEPS))
+    for i, j in itertools.product(range(STEPS), repeat=2):
+        expected[i, j] = (stages[i] * stages[j]).sum() / 2
+
+    monkeypatch.setattr(calibration, "ROUNDS", 0)
+    path = tmp_path / "log.json"
+    plan = calibrate(pipe, 2.2, batch_size=batch_size, checkpoint=path)
+    measured = json.loads(path.read_text())["noise"]
+    assert np.array(measured["kernel"]) == pytest.approx(expected, rel=1e-4)
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert measured["sigmas"] == pytest.approx([*sigmas[:-1:order], sigmas[-1]])
+    assert measured["tokens"] == [64, 12]
+    # without rounds the plan is the model's best
+    model = ErrorModel(measured["sigmas"], expected, hold=False)
+    assert plan.shares == plan_speedup(model, 2.2, 64, 12, reuse_text=False).shares
+
+
+def test_factors_amount_to_the_models_gains():
+    """What a run makes of a factor is the best prediction from the measured covariance."""
+    generator = np.random.default_rng(0)
+    sigmas = [1, 0.9, 0.8, 0.65, 0.5, 0.3, 0.1, 0]
+    wander = generator.normal(size=(7, 7)) * 0.1
+    kernel = covariance(sigmas[:-1], 0.5) + wander @ wander.T
+    model = ErrorModel(sigmas, kernel, hold=False)
+    shares = (1, 0, 1, 1, 0, 0.5, 0)
+    found = calibration.factors(model, sigmas, shares)
+    assert [found[s] for s in (0, 1, 2, 3)] == [0, 0, 0, 0]
+    held = HeldNoise(torch.zeros(1, 1, 1), extrapolates=True)
+    for step, noise in ((2, 0.0), (3, 1.0)):
+        held.merge(torch.full((1, 1, 1), noise), None, sigmas[step], 0.0)
+    gains = model.gains(2, 3, np.arange(4, 7))
+    for step, gain in zip((4, 5, 6), gains):
+        low, high = calibration.FACTORS
+        if low < found[step] < high:
+            assert held.predict(sigmas[step], found[step]).item() - 1 == pytest.approx(
+                gain, abs=1e-3
+            )
+    assert any(calibration.FACTORS[0] < found[s] < calibration.FACTORS[1] for s in (4, 5, 6))
+
+
+def test_a_move_costs_what_it_saves(monkeypatch):
+    """Round after round of plans that seem better: the speed-up stays the asked one."""
+    monkeypatch.setattr(calibration, "ROUNDS", 6)
+    monkeypatch.setattr(calibration, "TRIED", 8)
+    errors = itertools.count(1000, -1)
+    monkeypatch.setattr(calibration._Runs, "error", lambda *args: float(next(errors)))
+    pipe = build()
+    for speedup in (1.6, 2.0):
+        plan = calibrate(pipe, speedup)
+        assert plan.speedup(64, 12) == pytest.approx(speedup, rel=0.03)
+
+
+@pytest.mark.parametrize("tokens, text", [(64, 12), (4096, 333), (4096, 0)])
+def test_neighbours_are_one_move_away(tokens, text):
+    shares = (1, 1, 0, 1, 0, 0.5, 0, 1, 0, 0)
+    sigmas = [1 - i / 10 for i in range(11)]
+    model = ErrorModel(sigmas, np.eye(10), hold=False)
+    near = calibration.neighbours(model, shares, (0.25, 0.5), tokens, text, False)
+    assert len(near) == len(set(near)) and shares not in near
+    for plan in near:
+        ras.Plan(plan)
+        changed = [s for s in range(10) if plan[s] != shares[s]]
+        if sorted(plan) == sorted(shares):  # a step went elsewhere
+            a, b = changed
+            assert abs(a - b) <= 3 and {plan[a], plan[b]} == {shares[a], shares[b]}
+            assert 0 in (plan[a], plan[b])
+        else:  # a dense step became partial ones
+            (split,) = [s for s in changed if shares[s] == 1]
+            assert all(shares[s] == 0 for s in changed if s != split)
+            (size,) = {plan[s] for s in changed}
+            assert size in (0.25, 0.5)
+            spent = len(changed) * (size * tokens + text)
+            assert abs(spent - tokens - text) <= (size * tokens + text) / 2
+
+
+def test_goes_on_from_a_checkpoint(monkeypatch, tmp_path):
+    """No run that was measured is run again, but for the dense one that all are compared with."""
+    pipe, calls = build(), Calls(monkeypatch)
+    expected = calibrate(pipe, checkpoint=tmp_path / "whole.json")
+    whole, path = calls.made, tmp_path / "log.json"
+    assert whole > 4
+    calls.made, calls.stop_at = 0, 3
+    with pytest.raises(Stop):
+        calibrate(pipe, checkpoint=path)
+    assert not ras.is_enabled(pipe)
+    calls.made, calls.stop_at = 0, None
+    assert calibrate(pipe, checkpoint=path) == expected
+    assert calls.made == whole - 3 + 1
+    calls.made = 0
+    assert calibrate(pipe, checkpoint=path) == expected
+    assert calls.made == 0
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["log.json", "whole.json"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(speedup=1.9),
+        dict(num_inference_steps=9),
+        dict(seed=1),
+        dict(shares=(0.5,)),
+        dict(guidance_scale=3.0),
+        dict(config=ras.RASConfig(reuse_text=True)),
+    ],
+)
+def test_another_calibrations_checkpoint_is_refused(monkeypatch, tmp_path, other):
+    monkeypatch.setattr(calibration, "ROUNDS", 0)
+    pipe, path = build(), tmp_path / "log.json"
+    calibrate(pipe, checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"log\.json is of another calibration"):
+        calibrate(pipe, checkpoint=path, **other)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"ras_plan": 1, "shares": [1]}', "no JSON"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, text):
+    path = tmp_path / "log.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"log\.json is"):
+        calibrate(build(), checkpoint=path)
+    assert path.read_text() == text
+
+
+def test_what_calibrate_refuses():
+    pipe = build()
+    with pytest.raises(ValueError, match="prompt"):
+        ras.calibrate(pipe, [])
+    with pytest.raises(ValueError, match=r"1\.0"):
+        calibrate(pipe, shares=(1.0,))
+    with ras.enabled(pipe), pytest.raises(ValueError, match="disable"):
+        calibrate(pipe)
+
+
+def test_an_error_in_a_run_leaves_the_pipeline_as_it_was(monkeypatch):
+    pipe, calls = build(), Calls(monkeypatch)
+    latents(pipe)
+    before = Snapshot(pipe)
+    for stop_at in (1, 2):
+        calls.stop_at = calls.made + stop_at - 1
+        with pytest.raises(Stop):
+            calibrate(pipe)
+        check_undone(before, pipe)
+        assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_calibrated_plans_file(monkeypatch, tmp_path, capsys):
+    """It goes into `enable` and the command line, and does the same there."""
+    pipe = build()
+    plan = calibrate(pipe)
+    path, out = tmp_path / "plan.json", tmp_path / "out.png"
+    plan.save(path)
+    with ras.enabled(pipe, plan=path):
+        latents(pipe)
+        assert ras.stats(pipe).plan == plan and ras.stats(pipe).warnings == ()
+        ceiling = ras.stats(pipe).speedup_ceiling
+    assert ceiling == pytest.approx(2, rel=0.03)
+
+    monkeypatch.setattr(cli, "_load", lambda options: pipe)
+    size = ["--height", "128", "--width", "128", "--steps", str(STEPS)]
+    command = ["generate", "a ring", "--out", str(out), "--plan", str(path), "--json", *size]
+    capsys.readouterr()
+    assert cli.main([*command, "--no-compare"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["config"]["plan"]["shares"] == list(plan.shares)
+    done = (report["steps_dense"], report["steps_sparse"], report["steps_skipped"])
+    assert done == (
+        plan.shares.count(1),
+        sum(0 < s < 1 for s in plan.shares),
+        plan.shares.count(0),
+    )
+    assert report["warnings"] == [] and out.exists()
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+def printed(capsys):
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scheduler", [pipelines.euler, FlowMatchHeunDiscreteScheduler])
+@pytest.mark.parametrize("settings", [{}, dict(speedup=3, reuse_text=True), dict(sample_ratio=0.5)])
+def test_plan_is_what_a_run_then_does(capsys, settings, scheduler):
+    """By the model's own size and the pipeline's default arguments."""
+    pipe = build(scheduler=scheduler())
+    ras.enable(pipe, **settings)
+    latents(pipe)
+    last, timesteps = ras.stats(pipe).plan, pipe.scheduler.timesteps
+    capsys.readouterr()
+    plan = ras.plan(pipe, 6)
+    text = printed(capsys)
+    assert ras.stats(pipe).plan == last and pipe.scheduler.timesteps is timesteps
+    pipe("a red ring", num_inference_steps=6, output_type="latent")
+    stats = ras.stats(pipe)
+    assert plan == stats.plan
+    assert str(plan) in text and "256 image and 264 text tokens" in text
+    shown = float(re.search(r"speed-up ([\d.]+)", text)[1])
+    reuse_text = settings.get("reuse_text", False)
+    assert shown == pytest.approx(plan.speedup(256, 264, reuse_text=reuse_text), abs=1e-3)
+    if scheduler is pipelines.euler:
+        assert shown == pytest.approx(stats.speedup_ceiling, abs=1e-3)
+
+
+def test_plan_of_a_given_size(capsys):
+    pipe = build()
+    plan = ras.plan(pipe, STEPS, height=128, width=96, text_tokens=12)
+    assert "48 image and 12 text tokens" in printed(capsys)
+    with ras.enabled(pipe):
+        call = {**CALL, "width": 96}
+        pipe("a", num_inference_steps=STEPS, output_type="latent", **call)
+        assert ras.stats(pipe).plan == plan
+
+
+def test_plan_of_lumina(capsys):
+    pipe = pipelines.lumina()
+    ras.enable(pipe, speedup=2.5)
+    plan = ras.plan(pipe, 10, height=128, width=192)
+    assert "96 image and 0 text tokens" in printed(capsys)
+    pipe(**pipelines.lumina_inputs(pipe, height=16, width=24), num_inference_steps=10)
+    assert ras.stats(pipe).plan == plan
+
+
+def test_plan_with_a_mask(capsys):
+    mask = np.zeros((8, 8), np.float32)
+    mask[:1] = 1
+    pipe = build()
+    ras.enable(pipe, mask=mask, mask_margin=0)
+    plan = ras.plan(pipe, STEPS, height=128, width=128, text_tokens=12)
+    latents(pipe)
+    assert ras.stats(pipe).plan == plan and 0.125 in plan.shares
+
+
+def test_plan_of_settings(capsys):
+    config = ras.RASConfig(speedup=2.5)
+    plan = ras.plan(config, 28)
+    assert "4096 image and 333 text tokens" in printed(capsys)
+    scheduler = pipelines.euler()
+    scheduler.set_timesteps(28)
+    assert plan == plan_run(config, tuple(scheduler.sigmas.tolist()), 4096, 333)[0]
+    assert plan.speedup(4096, 333) == pytest.approx(2.5, rel=0.03)
+    assert math.prod(plan.shares) == 0
+
+
+def test_plan_says_what_cannot_be_met(capsys):
+    ras.plan(ras.RASConfig(speedup=50), 8)
+    assert "50 cannot be met in 8 steps" in printed(capsys)
+
+
+def test_plan_takes_a_pipeline_or_settings():
+    for wrong in (pipelines.sd3().transformer, 2.5, normal(1)):
+        with pytest.raises((TypeError, ValueError)):
+            ras.plan(wrong, 28)

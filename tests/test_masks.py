@@ -1,0 +1,365 @@
+"""Masks: what counts as one, the regions under it, and runs that compute those."""
+
+import itertools
+import warnings
+
+import naive
+import numpy as np
+import pipelines
+import pytest
+import torch
+from diffusers import StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
+from naive import relative_error
+from PIL import Image
+from pipelines import Recorder, normal, sd3_inputs
+from test_models import SCHEDULERS, run, steps_of
+from test_undo import Snapshot, check_undone
+
+import ras
+from ras.masks import as_mask, masked_regions
+
+pytestmark = pytest.mark.filterwarnings("error::ras.RASWarning")
+
+PLAN = (1, 1, 0.25, 0, 1, 0.25, 0.25, 0)  # 16 of 64 regions in the partial steps
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def box(top, left, height, width, size=(128, 128)):
+    """A mask of ones in a box, `(height, width)`; 16 pixels are a region."""
+    mask = np.zeros(size, np.float32)
+    mask[top : top + height, left : left + width] = 1
+    return mask
+
+
+def rows_and_columns(grid, rows, columns):
+    """The regions of those rows and columns, in ascending order."""
+    return [row * grid[1] + column for row in rows for column in columns]
+
+
+# --- what counts as a mask ------------------------------------------------------------------------
+
+MASK = box(3, 2, 2, 4, (8, 6))
+BYTES = (255 * MASK).astype(np.uint8)
+FORMS = {
+    "PIL, grey": Image.fromarray(BYTES),
+    "PIL, black and white": Image.fromarray(BYTES).convert("1"),
+    "PIL, colours": Image.fromarray(BYTES).convert("RGB"),
+    "floats": MASK,
+    "doubles": MASK.astype(np.float64),
+    "bools": MASK > 0,
+    "bytes": BYTES,
+    "integers": BYTES.astype(np.int64),
+    "just above a half": 0.51 * MASK + 0.49 * (1 - MASK),
+    "a view": np.repeat(MASK, 2, axis=1)[:, ::2],
+    "a tensor": torch.from_numpy(MASK),
+    "half precision": torch.from_numpy(MASK).half(),
+    "a tensor of bools": torch.from_numpy(MASK > 0),
+    "with a channel": MASK[None],
+    "with a sample and a channel": torch.from_numpy(BYTES)[None, None],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_a_mask(form):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mask = as_mask(FORMS[form])
+    assert mask.dtype == torch.float32 and mask.shape == (1, 1, 8, 6)
+    assert torch.equal(mask[0, 0] > 0.5, torch.from_numpy(MASK > 0))
+
+
+def test_a_mask_per_sample():
+    masks = np.stack([MASK, 1 - MASK])[:, None]
+    assert torch.equal(as_mask(masks), torch.from_numpy(masks))
+
+
+@pytest.mark.parametrize(
+    "error, value, named",
+    [
+        (TypeError, "mask.png", "mask.png"),
+        (TypeError, None, "None"),
+        (TypeError, MASK.tolist(), "PIL image"),
+        (ValueError, np.ones(4), r"\(4,\)"),
+        (ValueError, np.ones((3, 4, 4)), r"\(3, 4, 4\)"),
+        (ValueError, np.ones((2, 3, 4, 4)), r"\(2, 3, 4, 4\)"),
+        (ValueError, np.ones((1, 1, 1, 4, 4)), "5?"),
+        (ValueError, np.zeros((4, 4)), "nothing under it"),
+        (ValueError, np.full((4, 4), 0.5), "nothing under it"),
+        (ValueError, np.stack([MASK, 0 * MASK])[:, None], "nothing under it"),
+    ],
+)
+def test_what_is_no_mask(error, value, named):
+    with pytest.raises(error, match=named):
+        as_mask(value)
+    if value is None:  # enable's None is no mask at all
+        return
+    pipe = pipelines.sd3()
+    before = Snapshot(pipe)
+    with pytest.raises(error, match=named):
+        ras.enable(pipe, mask=value)
+    check_undone(before, pipe, ran=False)
+
+
+# --- the regions under it -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "margin, rows, columns",
+    [(0, [2, 3], [4]), (1, [1, 2, 3, 4], [3, 4, 5]), (2, range(6), [2, 3, 4, 5]), (9, None, None)],
+)
+def test_regions_of_a_box(margin, rows, columns):
+    """A box of 2 by 1 regions in a grid of 8 by 6, and what is around it."""
+    mask = as_mask(box(32, 64, 32, 16, (128, 96)))
+    rows, columns = (range(8), range(6)) if rows is None else (rows, columns)
+    regions = masked_regions(mask, (8, 6), margin)
+    assert regions.dtype == torch.int64
+    assert regions.tolist() == [rows_and_columns((8, 6), rows, columns)]
+
+
+def test_one_pixel_is_enough():
+    for y, x in itertools.product((0, 15, 16, 127), (0, 47, 48, 95)):
+        regions = masked_regions(as_mask(box(y, x, 1, 1, (128, 96))), (8, 6), 0)
+        assert regions.tolist() == [[y // 16 * 6 + x // 16]]
+
+
+@pytest.mark.parametrize("size", [(8, 6), (16, 24), (100, 100), (4, 3)])
+def test_a_mask_of_any_size(size):
+    """The upper half, however many pixels that is."""
+    mask = np.zeros(size)
+    mask[: size[0] // 2] = 1
+    regions = masked_regions(as_mask(mask), (8, 6), 0)
+    assert regions.tolist() == [list(range(24))]
+
+
+def test_samples_with_masks_of_different_sizes():
+    """The one with less under its mask takes in what is next to that."""
+    masks = np.stack([box(0, 0, 64, 48), box(48, 80, 16, 16)])[:, None]
+    large, small = masked_regions(as_mask(masks), (8, 8), 0).tolist()
+    assert large == rows_and_columns((8, 8), range(4), range(3))
+    around = rows_and_columns((8, 8), (2, 3, 4), (4, 5, 6))
+    assert len(small) == 12 and set(around) < set(small)
+    assert set(small) < set(rows_and_columns((8, 8), range(1, 6), range(3, 8)))
+    assert small == sorted(small)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def counted(pipe):
+    """How often each region was computed, and how often all were."""
+    stats = ras.stats(pipe)
+    return stats.region_counts, stats.steps_dense, stats.steps_sparse
+
+
+def check_counts(pipe, *regions):
+    """The partial steps computed those regions of each sample, and no others."""
+    counts, dense, sparse = counted(pipe)
+    assert sparse > 0 and len(counts) == len(regions)
+    for count, chosen in zip(counts, regions):
+        expected = torch.full((count.numel(),), dense)
+        expected[chosen] += sparse
+        assert torch.equal(count.flatten(), expected)
+
+
+@pytest.mark.parametrize("margin, regions", [(0, range(32, 40)), (1, range(24, 48))])
+def test_partial_steps_compute_what_is_under_the_mask(margin, regions):
+    pipe = pipelines.sd3()
+    with ras.enabled(pipe, mask=box(64, 0, 16, 128), mask_margin=margin, plan=(1, 1, 0.1, 0, 1)):
+        run(pipe, sd3_inputs(pipe, 2), steps=5)
+        check_counts(pipe, list(regions), list(regions))
+        stats = ras.stats(pipe)
+    assert stats.plan.shares[2] * 64 == len(regions)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(speedup=3), dict(sample_ratio=0.1), dict(reuse_text=True), dict(extrapolation=0)],
+)
+def test_a_mask_with_any_settings(settings):
+    """No other region is computed in a partial step, and the speed-up is the asked one."""
+    pipe = pipelines.sd3()
+    regions = rows_and_columns((8, 8), range(2, 4), range(4, 8))
+    with ras.enabled(pipe, mask=box(32, 64, 32, 64), mask_margin=0, **settings):
+        run(pipe, sd3_inputs(pipe, 1), steps=20)
+        check_counts(pipe, regions)
+        stats = ras.stats(pipe)
+    if "sample_ratio" not in settings:
+        target = settings.get("speedup", 2)
+        assert stats.speedup_ceiling == pytest.approx(target, rel=0.03)
+        assert stats.plan.speedup(64, 12, reuse_text="reuse_text" in settings) == pytest.approx(
+            stats.speedup_ceiling
+        )
+    assert stats.warnings == ()
+
+
+def test_each_samples_mask_is_its_own():
+    pipe = pipelines.sd3()
+    masks = np.stack([box(0, 0, 16, 128), box(0, 16, 128, 16)])[:, None]
+    row, column = list(range(8)), list(range(1, 64, 8))
+    with ras.enabled(pipe, mask=masks, mask_margin=0, plan=(1, 1, 0.1, 1)):
+        run(pipe, sd3_inputs(pipe, 2), steps=4)
+        check_counts(pipe, row, column)
+        run(pipe, sd3_inputs(pipe, 4), steps=4)  # two images of each, as inpainting has them
+        check_counts(pipe, row, column, row, column)
+        with pytest.raises(ValueError, match="2 samples"):
+            run(pipe, sd3_inputs(pipe, 3), steps=4)
+
+
+def test_a_plan_with_more_room_adds_others_by_drift(monkeypatch):
+    """The masked regions in each partial step, and those whose noise drifts most."""
+    pipe = pipelines.sd3()
+    record = Recorder(monkeypatch, pipe)
+    regions = rows_and_columns((8, 8), range(2), range(4))
+    with ras.enabled(pipe, mask=box(0, 0, 32, 64), mask_margin=0, plan=PLAN):
+        run(pipe, sd3_inputs(pipe, 2))
+        assert ras.stats(pipe).plan.shares == PLAN
+    assert len(record.rows) == 3
+    for selection in record.selections:
+        assert selection.active.shape == (2, 16)
+        for chosen, scores in zip(selection.active.tolist(), selection.scores):
+            scores[regions] = float("-inf")
+            others = scores.argsort(descending=True)[:8].tolist()
+            assert set(chosen) == {*regions, *others}
+    with ras.enabled(pipe, mask=box(0, 0, 32, 64), mask_margin=0, plan=PLAN, metric="std"):
+        run(pipe, sd3_inputs(pipe, 1))
+        check_counts(pipe, regions)
+
+
+def test_a_mask_of_the_whole_image():
+    """Nothing is left out: every step that computes anything is dense."""
+    pipe = pipelines.sd3()
+    with ras.enabled(pipe, mask=np.ones((8, 8)), plan=PLAN):
+        run(pipe, sd3_inputs(pipe))
+        stats = ras.stats(pipe)
+    assert (stats.steps_dense, stats.steps_sparse, stats.steps_skipped) == (6, 0, 2)
+
+
+def test_a_bare_transformer_and_lumina_take_a_mask():
+    pipe = pipelines.lumina()
+    regions = rows_and_columns((8, 8), range(2), range(4))
+    options = dict(mask=box(0, 0, 32, 64), mask_margin=0, plan=(1, 1, 0.1, 1))
+    for model in (dict(model=pipe), dict(model=pipe.transformer, scheduler=pipe.scheduler)):
+        with ras.enabled(**model, **options):
+            run(pipe, pipelines.lumina_inputs(pipe, 1), steps=4)
+            check_counts(model["model"], regions)
+
+
+# --- inpainting -----------------------------------------------------------------------------------
+
+
+def inpainting(mask, batch=1, scheduler="euler", **call):
+    pipe = pipelines.sd3(
+        StableDiffusion3InpaintPipeline, SCHEDULERS[scheduler](), vae=pipelines.autoencoder()
+    )
+    call = dict(image=normal(batch, 3, 128, 128).sigmoid(), mask_image=mask, **call)
+    return pipe, sd3_inputs(pipe, batch, latents=False, **call)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "heun", "lcm"])  # those that can add noise halfway
+def test_inpainting_against_the_oracle(monkeypatch, scheduler):
+    """The mask is the call's own; steps are counted from the first executed one."""
+    mask = torch.from_numpy(box(32, 0, 32, 64))[None, None]
+    pipe, inputs = inpainting(mask, 2, scheduler, strength=0.6)
+    record = Recorder(monkeypatch, pipe)
+    regions = torch.tensor(rows_and_columns((8, 8), range(1, 5), range(5)))
+    config = ras.RASConfig.paper(scheduler_start_step=2, error_reset_steps=(3,))
+    with ras.enabled(pipe, config):
+        run(pipe, inputs, steps=10)
+        assert steps_of(pipe) == (3, 3)
+        check_counts_of_stages(pipe, regions, pipe.scheduler.order)
+    order = pipe.scheduler.order
+    assert len(record.calls) == 6 * order - (order - 1) and not record.selections
+    oracle = naive.NaiveSD3(pipe.transformer)
+    for call in record.calls:
+        rows = [regions] * 4 if call["after"] // order in (2, 4, 5) else None
+        expected = oracle(call["hidden_states"], rows, **oracle.inputs(call))
+        assert relative_error(call["noise"], expected) < 1e-5
+
+
+def check_counts_of_stages(pipe, regions, order):
+    """Dense in steps 0, 1 and 3 of 6; a second-order run has one call less at its end."""
+    expected = torch.full((64,), 3 * order)
+    expected[regions] += 3 * order - (order - 1)
+    for counts in ras.stats(pipe).region_counts:
+        assert torch.equal(counts.flatten(), expected)
+
+
+def test_inpainting_follows_each_calls_mask():
+    """Another mask in the next call, of another size and form."""
+    masks = {
+        "upper": (Image.fromarray((255 * box(0, 0, 16, 128)).astype(np.uint8)), range(16)),
+        "lower": (torch.from_numpy(box(96, 0, 32, 128))[None, None], range(40, 64)),
+    }
+    pipe, inputs = inpainting(None)
+    with ras.enabled(pipe, plan=(1, 1, 0.1, 0, 1, 0.1)):
+        for name in ("upper", "lower", "upper"):
+            mask, regions = masks[name]
+            run(pipe, {**inputs, "mask_image": mask, "strength": 1.0}, steps=6)
+            check_counts(pipe, list(regions))
+            stats = ras.stats(pipe)
+            assert stats.plan.counts(64) == (64, 64, len(regions), 0, 64, len(regions))
+
+
+def test_inpainting_with_two_masks_and_four_images():
+    parts = pipelines.text_encoders()
+    pipe = pipelines.sd3(StableDiffusion3InpaintPipeline, vae=pipelines.autoencoder(), parts=parts)
+    masks = np.stack([box(0, 0, 16, 128), box(112, 0, 16, 128)])[:, None]
+    inputs = dict(
+        prompt=["a red ring", "nine lives"],
+        num_images_per_prompt=2,
+        max_sequence_length=4,
+        image=normal(2, 3, 128, 128).sigmoid(),
+        mask_image=torch.from_numpy(masks),
+        strength=1.0,
+        output_type="latent",
+        **pipelines.size(16, 16),
+    )
+    with ras.enabled(pipe, plan=(1, 1, 0.1, 1), mask_margin=0):
+        run(pipe, inputs, steps=4)
+        upper, lower = list(range(8)), list(range(56, 64))
+        check_counts(pipe, upper, lower, upper, lower)
+
+
+def test_a_mask_given_goes_before_the_calls_own():
+    pipe, inputs = inpainting(torch.from_numpy(box(0, 0, 16, 128))[None, None], strength=1.0)
+    with ras.enabled(pipe, mask=box(112, 0, 16, 128), mask_margin=0, plan=(1, 1, 0.1, 1)):
+        run(pipe, inputs, steps=4)
+        check_counts(pipe, list(range(56, 64)))
+
+
+def test_inpainting_with_nothing_under_the_mask():
+    """No error, as there is none without `ras`; the regions are those that drift."""
+    pipe, inputs = inpainting(torch.zeros(1, 1, 128, 128), strength=1.0)
+    with ras.enabled(pipe, plan=(1, 1, 0.25, 1)):
+        assert run(pipe, inputs, steps=4).isfinite().all()
+        assert ras.stats(pipe).plan.counts(64) == (64, 64, 16, 64)
+
+
+def test_another_pipelines_run_has_no_mask():
+    """Text to image with the parts of an inpainting pipeline that has run before."""
+    pipe, inputs = inpainting(torch.from_numpy(box(0, 0, 64, 128))[None, None], strength=1.0)
+    other = pipelines.quiet(StableDiffusion3Pipeline.from_pipe(pipe))
+    with ras.enabled(pipe, plan=(1, 1, 0.125, 1)):
+        run(pipe, inputs, steps=4)
+        assert ras.stats(pipe).plan.counts(64)[2] == 40
+        run(other, sd3_inputs(other), steps=4)
+        assert ras.stats(pipe).plan.counts(64)[2] == 8
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nothing_is_left_on_an_inpainting_pipeline(given):
+    mask = torch.from_numpy(box(0, 0, 64, 128))[None, None]
+    pipe, inputs = inpainting(mask, strength=1.0)
+    expected = run(pipe, inputs, steps=6)
+    names, before = set(vars(pipe)), Snapshot(pipe)
+    ras.enable(pipe, plan=(1, 1, 0.1, 0, 1, 0.1), mask=mask if given else None)
+    assert not torch.equal(run(pipe, inputs, steps=6), expected)
+    ras.disable(pipe)
+    check_undone(before, pipe)
+    assert set(vars(pipe)) == names and "prepare_mask_latents" not in names
+    assert torch.equal(run(pipe, inputs, steps=6), expected)
