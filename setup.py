@@ -30,6 +30,9 @@ setup(
         "numpy",
         "pillow>=10.1",
     ],
-    extras_require={"dev": ["accelerate>=1.0", "mypy", "peft>=0.17", "pytest>=8", "ruff"]},
+    extras_require={
+        "bench": ["cache-dit>=1.3", "matplotlib>=3.9"],
+        "dev": ["accelerate>=1.0", "matplotlib>=3.9", "mypy", "peft>=0.17", "pytest>=8", "ruff"],
+    },
     entry_points={"console_scripts": ["ras = ras.cli:main"]},
 )

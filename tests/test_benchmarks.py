@@ -1,5 +1,6 @@
 """Each benchmark runs, at a tiny size."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import end_to_end, scenes, train
+from benchmarks import elsewhere, end_to_end, inpainting, scenes, train
 
 
 def test_end_to_end(capsys):
@@ -54,3 +55,27 @@ def test_training_resumes(tmp_path, monkeypatch):
     sheet = tmp_path / "sheet.png"
     train.draw_sheet(folder, sheet, "cpu", count=1)
     assert Image.open(sheet).size == (8 * train.SIDE, train.SIDE + 60)
+
+
+def test_inpainting(capsys, monkeypatch):
+    monkeypatch.setattr(inpainting, "AREAS", (0.05,))
+    monkeypatch.setattr(inpainting, "SPEEDUPS", (2.0,))
+    inpainting.main(["--count=2", "--batch=2", "--steps=8", "--json"])
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["mask, 2x"]["compute"] == pytest.approx(2, rel=0.05)
+    assert all(10 < row["psnr"] < 100 for row in rows.values())
+
+
+def test_a_square_mask_stays_inside():
+    for area in inpainting.AREAS:
+        mask = inpainting.square((0.2, 0.8), area)
+        assert mask.mean().item() == pytest.approx(area, rel=0.02)
+
+
+def test_elsewhere(capsys, monkeypatch):
+    monkeypatch.setattr(elsewhere, "SPEEDUPS", (2.0,))
+    places = [dataclasses.replace(place, steps=6) for place in elsewhere.PLACES]
+    monkeypatch.setattr(elsewhere, "PLACES", places)
+    elsewhere.main(["--count=4", "--places", "shift", "Heun"])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[2] for line in table[2:]] == ["fewer steps, 3", "RAS"] * 2

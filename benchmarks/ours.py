@@ -1,0 +1,58 @@
+"""Our settings for the ruler, and what they are made of: plans, and each part of the policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ras
+
+from .rivals import Setting
+
+STEPS = 28
+SPEEDUPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+CALIBRATED = (1.5, 1.75, 2.0, 2.5, 3.0)
+ABLATED = 2.5  # the speed-up at which the parts are taken out one by one
+DENSE = 0, 1, 5, 9, 14, 19, 23, 26  # with the next, of as many tokens as that
+QUARTERS = 3, 7, 11, 12, 16, 17, 21, 22, 24, 25
+WHOLE = "whole steps, searched", "whole steps, regular"  # what regions have to beat
+WHOLE_STEPS = Path(__file__).parent / "plans"
+
+
+def settings() -> list[Setting]:
+    """Plans for speed-ups, calibrated ones, and whole steps alone."""
+    found = [_ours("RAS", f"{speedup:g}x", speedup=speedup) for speedup in SPEEDUPS]
+    searched, regular = WHOLE
+    folders = {"RAS, calibrated": ras.bundled_model() / "plans", searched: WHOLE_STEPS}
+    for method, folder in folders.items():
+        for speedup in CALIBRATED:
+            plan = folder / f"{speedup:g}x.json"
+            if plan.exists():
+                found.append(_ours(method, plan.stem, plan=plan))
+    for every in (2, 3):
+        shares = [float(step < 2 or step % every == 1) for step in range(STEPS)]
+        found.append(_ours(regular, f"1 in {every}", plan=shares, extrapolation=0.0))
+    return found
+
+
+def ablations() -> list[Setting]:
+    """The policy without each of its parts, and partial steps in the place of dense ones."""
+    quarters = dict(plan=[1.0 if i in DENSE else 0.25 * (i in QUARTERS) for i in range(STEPS)])
+    return [
+        _ours("ablation", label, **change)
+        for label, change in {
+            "RAS": dict(speedup=ABLATED),
+            "noise held": dict(speedup=ABLATED, extrapolation=0.0),
+            "quarter steps": quarters,
+            "quarter steps, std": {**quarters, "metric": "std"},
+            "quarter steps, l2norm": {**quarters, "metric": "l2norm"},
+            "quarter steps, noise held": {**quarters, "extrapolation": 0.0},
+            "quarter steps, K/V held": {**quarters, "kv_correction": False},
+            "quarter steps, text reused": {**quarters, "reuse_text": True},
+        }.items()
+    ]
+
+
+def _ours(method: str, label: str, **config: Any) -> Setting:
+    settings = ras.RASConfig(**config)
+    return Setting(method, label, STEPS, lambda pipe: ras.enabled(pipe, settings))

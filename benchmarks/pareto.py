@@ -1,0 +1,413 @@
+"""The ruler: quality against wall time, of RAS and of the methods that it has to beat.
+
+    python -m benchmarks.pareto
+    python -m benchmarks.pareto --quick
+    python -m benchmarks.pareto --half b --methods "fewer steps" TaylorSeer --out results
+
+Every setting of `benchmarks.rivals` and of `benchmarks.ours` draws the same images as the dense
+pipeline, which takes 28 steps: those of captions that training never saw, image i from the noise
+of seed i. Constants are chosen on half a, the even captions, and judged on half b.
+
+Time is that of the denoising loop: prompts are encoded before it and images decoded after. A batch
+of prompts goes through each setting once, in an order that is drawn anew for each batch, and
+through the dense pipeline first, half-way and last, so that a drift of the machine shows. The
+speed-up in a batch is the median of those three times over the setting's. *Compute* is the ratio
+of the rows of tokens that go through the blocks' linear layers, weighted by the layers' sizes, so
+that what is skipped counts nothing, be it a step, a block, an attention or a token; it is counted
+in one more, untimed run of the first batch.
+
+Quality is PSNR (100 dB at most) and SSIM to the dense image and, for the captions of the bundled
+model, the share of objects whose place, shape, colour and texture are right, and the Fréchet
+distance to real scenes, as `benchmarks.judge` sees them.
+
+The folder `--out` is added to after each batch; a run of the same options goes on where it stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import statistics
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors.torch
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ras
+import ras_kernels
+
+from . import judge, measures, model, ours, report, rivals, scenes, train
+from .end_to_end import DTYPES, clock, device_name
+from .rivals import Setting
+
+PEAK = 100.0  # dB: equal images have no finite PSNR
+EMBEDS = (  # what encode_prompt returns
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+CALIBRATION = 2  # captions to calibrate with, of scenes that training saw
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark on the command line `argv` (default: the process's own)."""
+    options = parse(argv)
+    pipe = model.load(options.model).to(options.device)
+    if options.dtype != "float32":
+        pipe.to(DTYPES[options.dtype])
+    pipe.set_progress_bar_config(disable=True)
+    ruler = Ruler(pipe, options)
+    ruler.measure()
+    print(report.write(ruler.results, options.out))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.pareto", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--model", type=Path, default=ras.bundled_model(), help="pipeline folder")
+    add("--prompts", type=Path, help="a file of one prompt a line, instead of captions")
+    add("--count", type=int, help="prompts, both halves together; 128, or 16 if --quick")
+    add("--half", choices=("a", "b"), help="only the even (a) or the odd (b) prompts")
+    add("--batch", type=int, help="prompts per call of the pipeline; 16, or 8 if --quick")
+    add("--methods", nargs="+", help="only methods whose names hold one of these")
+    add("--settings", type=int, help="at most so many of each rival but fewer steps")
+    add("--ablate", action="store_true", help="our policy without each of its parts instead")
+    add("--quick", action="store_true", help="fewer prompts, and two settings of each method")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, help="default: benchmarks/results/pareto-<device>")
+    options = parser.parse_args(argv)
+    if options.count is None:
+        options.count = 16 if options.quick else 128
+    if options.batch is None:
+        options.batch = 8 if options.quick else 16
+    if options.out is None:
+        options.out = Path(__file__).parent / "results" / f"pareto-{options.device}"
+    return options
+
+
+class Ruler:
+    """Measures batch by batch, and keeps what has been measured in a folder.
+
+    Row 0 of the results is the dense pipeline's, row i that of setting i - 1.
+    """
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, options: argparse.Namespace) -> None:
+        self.pipe, self.options = pipe, options
+        self.scenes = unseen(options) if of_scenes(pipe) and not options.prompts else None
+        self.prompts = prompts(options, self.scenes)
+        self.classifier = self.real = None
+        if self.scenes is not None:
+            self.classifier = judge.load_classifier()
+            self.real = judge.real_statistics(self.classifier, options.out)
+        dense = Setting("dense", f"{rivals.STEPS} steps", rivals.STEPS, rivals.as_it_is)
+        own = ours.ablations() if options.ablate else ours.settings()
+        others = [] if options.ablate else rivals.settings(calibrate)
+        self.settings = [dense, *chosen([*others, *own], options)]
+        mine = {setting.method for setting in own if setting.method not in ours.WHOLE}
+        self.results = self.empty(mine)
+        self.features: dict[str, Tensor] = {}  # by row: (images, 64)
+        self.take_up()
+
+    # --- what is kept -------------------------------------------------------------------------
+
+    def empty(self, own: set[str]) -> dict[str, Any]:
+        rows = [
+            {
+                "method": setting.method,
+                "label": setting.label,
+                "steps": setting.steps,
+                "ours": setting.method in own,
+                "seconds": [],  # per batch: of one image
+                "speedup": [],  # per batch
+                "psnr": [],  # per image, as all that follows
+                "ssim": [],
+                "right": [],  # objects that have each of judge.ATTRIBUTES right
+                "frechet": None,  # of all images
+            }
+            for setting in self.settings
+        ]
+        kept = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self.options).items()
+            if name != "out"
+        }
+        return {
+            "options": kept,
+            "machine": machine(self.options.device),
+            "weights": fingerprint(self.pipe.transformer),
+            "notes": [] if rivals.cache_dit() else ["cache-dit is not installed: left out"],
+            "prompts": [text for _, text in self.prompts],
+            "objects": [len(scene.objects) for scene in self.scenes or ()],
+            "dense": [],  # per batch: the seconds of the first run, the one half-way and the last
+            "rows": rows,
+        }
+
+    def take_up(self) -> None:
+        """Go on with the results in the folder, if they are of the same run."""
+        path = self.options.out / "results.json"
+        if not path.exists():
+            return
+        found = json.loads(path.read_text())
+        if identity(found) != identity(self.results):
+            return
+        images = len(found["rows"][0]["ssim"])
+        if self.classifier and images:
+            path = path.with_name("features.safetensors")
+            if not path.exists():
+                return
+            kept = safetensors.torch.load_file(path)  # may be a batch ahead
+            self.features = {row: features[:images] for row, features in kept.items()}
+        self.results = found
+
+    def keep(self) -> None:
+        """Write everything, each file at once, so that an interruption leaves the last one."""
+        out = self.options.out
+        out.mkdir(parents=True, exist_ok=True)
+        part = out / "part"
+        if self.features:
+            safetensors.torch.save_file(self.features, part)
+            part.replace(out / "features.safetensors")
+        part.write_text(json.dumps(self.results))
+        part.replace(out / "results.json")
+
+    # --- measuring ----------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        size = self.options.batch
+        left = range(0, len(self.prompts), size)[len(self.results["dense"]) :]
+        if not left:
+            return
+        # Anew for each process, unless there is no GPU to be warmed up.
+        to_count = self.options.device != "cpu" or "compute" not in self.results["rows"][-1]
+        runs = to_count * len(self.settings) + len(left) * (len(self.settings) + 2)
+        with tqdm(total=runs, unit="run") as progress:
+            if to_count:
+                self.count(encode(self.pipe, self.prompts[:size]), progress)
+                self.keep()
+            for start in left:
+                self.batch(slice(start, start + size), progress)
+                self.keep()
+                report.write(self.results, self.options.out)
+
+    def count(self, inputs: dict[str, Any], progress: tqdm) -> None:
+        """Note each setting's compute, and warm it up."""
+        rows = []
+        for setting in self.settings:
+            with setting.switch(self.pipe), RowCount(self.pipe.transformer) as counted:
+                draw(self.pipe, inputs, setting.steps)
+            rows.append(counted.rows)
+            progress.update()
+        for row, count in zip(self.results["rows"], rows):
+            row["compute"] = rows[0] / count
+
+    def batch(self, images: slice, progress: tqdm) -> None:
+        """Time and judge a batch of images by every setting."""
+        inputs = encode(self.pipe, self.prompts[images])
+        order = list(range(1, len(self.settings)))
+        random.Random(images.start).shuffle(order)
+        half = len(order) // 2
+        seconds: list[list[float]] = [[] for _ in self.settings]
+        reference = None
+        for number in (0, *order[:half], 0, *order[half:], 0):
+            setting = self.settings[number]
+            with setting.switch(self.pipe):
+                start = clock(self.options.device)
+                latents = draw(self.pipe, inputs, setting.steps)
+                seconds[number].append(clock(self.options.device) - start)
+            if len(seconds[number]) == 1:
+                pictures = decode(self.pipe, latents)
+                reference = pictures if reference is None else reference
+                self.judge(number, images, pictures, reference)
+            progress.update()
+        dense = statistics.median(seconds[0])
+        for row, own in zip(self.results["rows"], seconds):
+            row["seconds"].append(statistics.median(own) / len(reference))
+            row["speedup"].append(dense / statistics.median(own))
+        self.results["dense"].append(seconds[0])
+
+    def judge(self, number: int, images: slice, pictures: Tensor, reference: Tensor) -> None:
+        """Note the quality of a row's pictures, (B, 3, H, W) in [0, 1]."""
+        row = self.results["rows"][number]
+        row["psnr"] += rounded(measures.psnr(pictures, reference).clamp(max=PEAK))
+        row["ssim"] += rounded(measures.ssim(pictures, reference))
+        if self.classifier is None:
+            return
+        captioned = self.scenes[images]
+        right = judge.attributes(self.classifier, pictures, captioned).long()
+        parts = right.split([len(scene.objects) for scene in captioned])
+        row["right"] += [part.sum(0).tolist() for part in parts]
+        features = self.classifier.features(pictures)
+        kept = self.features.get(str(number), features[:0])
+        self.features[str(number)] = kept = torch.cat([kept, features])
+        if len(kept) > 1:  # one image has no covariance
+            row["frechet"] = measures.frechet(kept, *self.real)
+
+
+class RowCount:
+    """Counts, for a `with` block, what goes through the linear layers of a transformer's blocks.
+
+    Attributes:
+        rows: Rows of tokens times the sizes of the layers that they went through.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self.rows = 0
+        self._layers = [
+            layer
+            for layer in transformer.transformer_blocks.modules()
+            if isinstance(layer, nn.Linear)
+        ]
+
+    def __enter__(self) -> RowCount:
+        self._handles = [layer.register_forward_hook(self._count) for layer in self._layers]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _count(self, layer: nn.Linear, args: Any, output: Tensor) -> None:
+        if output.ndim == 3:  # what modulates a sample has no tokens
+            self.rows += output.shape[0] * output.shape[1] * layer.weight.numel()
+
+
+@torch.no_grad()
+def encode(pipe: StableDiffusion3Pipeline, batch: list[tuple[int, str]]) -> dict[str, Any]:
+    """What `draw` needs of prompts, which are seeds of the noise and texts."""
+    texts = [text for _, text in batch]
+    tokens = 0 if of_scenes(pipe) else 256  # of the third encoder, or the zeros in its stead
+    embeds = pipe.encode_prompt(texts, None, None, max_sequence_length=tokens)
+    return {"seeds": [seed for seed, _ in batch], **dict(zip(EMBEDS, embeds))}
+
+
+def draw(pipe: StableDiffusion3Pipeline, inputs: dict[str, Any], steps: int) -> Tensor:
+    """The latents, (B, C, H, W), that the pipeline ends with."""
+    return pipe(
+        **{name: inputs[name] for name in EMBEDS},
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in inputs["seeds"]],
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        output_type="latent",
+    ).images
+
+
+def calibrate(pipe: StableDiffusion3Pipeline) -> None:
+    """A run for the methods that have to learn something of the model first."""
+    captions = [(seed, scenes.sample(seed).caption()) for seed in range(CALIBRATION)]
+    draw(pipe, encode(pipe, captions), rivals.STEPS)
+
+
+def of_scenes(pipe: StableDiffusion3Pipeline) -> bool:
+    """Whether it is a model of `benchmarks.train`, by the sizes of its image and its text."""
+    config = pipe.transformer.config
+    sizes = config.in_channels, config.sample_size, config.joint_attention_dim
+    return sizes == (model.LATENT[0], model.LATENT[1], 2 * model.TEXT_WIDTH)
+
+
+def unseen(options: argparse.Namespace) -> list[scenes.Scene]:
+    return halved(list(islice(judge.unseen(), options.count)), options.half)
+
+
+def prompts(
+    options: argparse.Namespace, captioned: list[scenes.Scene] | None
+) -> list[tuple[int, str]]:
+    """The seeds of the noise, which are those of all prompts for a half as well, and the texts."""
+    seeds = halved(list(range(options.count)), options.half)
+    if captioned is not None:
+        texts = [scene.caption() for scene in captioned]
+    elif options.prompts:
+        lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        texts = halved(lines[: options.count], options.half)
+    else:
+        texts = [scenes.sample(train.UNSEEN + seed).caption() for seed in seeds]
+    return list(zip(seeds, texts))
+
+
+def halved(values: list[Any], half: str | None) -> list[Any]:
+    return values if half is None else values[half == "b" :: 2]
+
+
+def chosen(settings: list[Setting], options: argparse.Namespace) -> list[Setting]:
+    """Those of the methods that are asked for, or some of each; if it is to be quick, two."""
+    names = [name.lower() for name in options.methods or [""]]
+    lines: dict[str, list[Setting]] = {}
+    for setting in settings:
+        if any(name in setting.method.lower() for name in names):
+            lines.setdefault(setting.method, []).append(setting)
+    if options.quick:
+        lines = {name: spread(line, 2) for name, line in lines.items()}
+    elif options.settings:
+        most = options.settings
+        lines = {
+            name: line if name == report.PLAIN or "RAS" in name else spread(line, most)
+            for name, line in lines.items()
+        }
+    return [setting for line in lines.values() for setting in line]
+
+
+def spread(line: list[Setting], most: int) -> list[Setting]:
+    """At most so many of a line's settings, evenly spread over it."""
+    if most >= len(line):
+        return line
+    return [line[round((i + 0.5) * len(line) / most - 0.5)] for i in range(most)]
+
+
+@torch.no_grad()
+def decode(pipe: StableDiffusion3Pipeline, latents: Tensor) -> Tensor:
+    """The images, (B, 3, H, W) float32 in [0, 1] on the CPU."""
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    images = pipe.vae.decode(latents, return_dict=False)[0]
+    return pipe.image_processor.postprocess(images, output_type="pt").float().cpu()
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(value, 5) for value in values.tolist()]
+
+
+def identity(results: dict[str, Any]) -> Any:
+    """What has to be the same for a run to go on with the results."""
+    names = ("options", "machine", "weights", "prompts")
+    rows = [(row["method"], row["label"], row["steps"]) for row in results["rows"]]
+    return [results[name] for name in names], rows
+
+
+def machine(device: str) -> dict[str, Any]:
+    library = rivals.cache_dit()
+    return {
+        "device": device_name(device),
+        "kernels": ras_kernels.backend(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "cache-dit": library and library.__version__,
+        "ras": ras.__version__,
+    }
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of the weights."""
+    found = hashlib.sha256()
+    for weight in module.parameters():
+        found.update(weight.detach().flatten().cpu().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    main()
