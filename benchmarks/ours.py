@@ -11,7 +11,7 @@ from .rivals import Setting
 
 STEPS = 28
 SPEEDUPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
-CALIBRATED = (1.5, 1.75, 2.0, 2.5)
+CALIBRATED = (1.5, 1.75, 2.0, 2.5, 3.0)
 ABLATED = 2.5  # the speed-up at which the parts are taken out one by one
 DENSE = 0, 1, 5, 9, 14, 19, 23, 26  # with the next, of as many tokens as that
 QUARTERS = 3, 7, 11, 12, 16, 17, 21, 22, 24, 25

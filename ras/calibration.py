@@ -262,21 +262,16 @@ class _Runs:
         self._noise.append(noise)
 
     def error(self, plan: Plan, config: RASConfig, tick: Callable[[], object]) -> float:
-        """The square error of the final latents, as a share of the dense ones'.
-
-        It is the geometric mean over the images, so that none counts for more than others: the
-        mean of decibels.
-        """
+        """The mean square error of the final latents, as a share of the dense ones'."""
         if not self._final:  # of an interrupted calibration
             self._final = list(self._batches())
-        logarithms = []
+        wrong, size = 0.0, 0.0
         with enabled(self._pipe, replace(config, plan=plan)):
             for dense, final in zip(self._final, self._batches(), strict=True):
-                wrong = (final - dense).double().square().flatten(1).sum(1)
-                size = dense.double().square().flatten(1).sum(1)
-                logarithms += (wrong / size).clamp_min(1e-16).log().tolist()
+                wrong += float((final - dense).double().square().sum())
+                size += float(dense.double().square().sum())
                 tick()
-        return math.exp(sum(logarithms) / len(logarithms))
+        return wrong / size
 
 
 class _Log:
