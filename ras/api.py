@@ -20,7 +20,7 @@ from .masks import as_mask
 from .plan import Plan
 from .planner import plan_run
 from .report import Stats
-from .scheduler import noise_levels
+from .scheduler import noise_levels, of_steps, order_of
 
 Model = TypeVar("Model")
 
@@ -169,9 +169,9 @@ def plan(
     dynamic = scheduler.config.get("use_dynamic_shifting")
     shift = {"mu": scheduler.config.base_shift} if dynamic else {}  # pipelines' own at base_seq_len
     scheduler.set_timesteps(num_inference_steps, **shift)
-    levels, order = noise_levels(scheduler), getattr(scheduler, "order", 1)
+    levels = of_steps(noise_levels(scheduler), order_of(scheduler))
     text = text if text_tokens is None else text_tokens
-    made, complaint = plan_run(config, (*levels[:-1:order], levels[-1]), regions, text, marked)
+    made, complaint = plan_run(config, levels, regions, text, marked)
     reached = made.speedup(regions, text, reuse_text=config.reuse_text)
     print(made)
     print(f"speed-up {reached:.3f} ({regions} image and {text} text tokens)")

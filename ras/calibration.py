@@ -21,7 +21,7 @@ from .api import enabled, is_enabled, stats
 from .config import DEFAULT_SPEEDUP, RASConfig
 from .plan import DENSE, SKIP, Plan
 from .planner import TOLERANCE, ErrorModel, plan_run, plan_speedup, position, roughness
-from .scheduler import StepWatch, noise_levels
+from .scheduler import StepWatch, noise_levels, of_steps, order_of
 
 ROUNDS = 4  # of improving the plan by real runs
 TRIED = 12  # plans in a round, those of least modelled error
@@ -239,7 +239,7 @@ class _Runs:
                 self._final = []
                 for final in self._batches():
                     self._final.append(final)
-                    noise = torch.stack(self._noise[:: getattr(scheduler, "order", 1)])
+                    noise = torch.stack(self._noise[:: order_of(scheduler)])
                     self._noise.clear()
                     flat = noise.flatten(1).double()
                     kernel = kernel + (flat @ flat.T / len(self._prompts)).cpu().numpy()
@@ -248,12 +248,10 @@ class _Runs:
                 watch.remove()
             done = stats(self._pipe)
             assert done.region_counts is not None
-        order = getattr(scheduler, "order", 1)
-        sigmas = noise_levels(scheduler)
         regions = math.prod(done.region_counts.shape[1:])
         calls = done.tokens_total / regions
         return {
-            "sigmas": [*sigmas[:-1:order], sigmas[-1]],
+            "sigmas": of_steps(noise_levels(scheduler), order_of(scheduler)),
             "kernel": kernel.tolist(),
             "tokens": [regions, round(done.text_tokens_total / calls)],
         }

@@ -14,6 +14,7 @@ from .plan import Plan, as_plan
 
 DEFAULT_SPEEDUP = 2.0
 EXTRAPOLATION = 0.625
+PAPER_START, PAPER_RESETS = 4, (12, 20)  # for Stable Diffusion 3 in 28 steps
 SELECTIONS = ("drift", *METRICS)
 
 
@@ -145,8 +146,8 @@ class RASConfig:
         """
         settings: dict[str, Any] = dict(
             sample_ratio=0.5,
-            error_reset_steps=(12, 20),
-            scheduler_start_step=4,
+            error_reset_steps=PAPER_RESETS,
+            scheduler_start_step=PAPER_START,
             metric="std",
             high_ratio=0.3,
             starvation_scale=1.0,

@@ -22,7 +22,7 @@ from .planner import plan_run
 from .report import Stats
 from .reuse import HeldNoise
 from .run import Run
-from .scheduler import StepWatch, noise_levels
+from .scheduler import StepWatch, noise_levels, of_steps, order_of
 from .selection import Selection
 from .slots import ForwardSlot, HookSlot, ProcessorSlot, forget_fused_originals
 
@@ -31,7 +31,7 @@ _RESET = "_reset_stateful_cache"  # what pipelines call on their components when
 
 
 class RASWarning(UserWarning):
-    """RAS does less than it was asked for: what it warns of is computed densely."""
+    """RAS does other than it was asked for; the message says what it does instead."""
 
 
 class Controller:
@@ -204,10 +204,10 @@ class Controller:
         if last is not None and goes_on and not last.over:
             return last
         self._free()
-        order, sigmas = getattr(scheduler, "order", 1), noise_levels(scheduler)
+        order, sigmas = order_of(scheduler), noise_levels(scheduler)
         regions = math.prod(grid)
         masked = self.masked(grid)
-        levels = (*sigmas[:-1:order], sigmas[-1])
+        levels = of_steps(sigmas, order)
         marked = None if masked is None else masked.shape[1]
         plan, complaint = plan_run(self.config, levels, regions, text_tokens, marked)
         if complaint is not None:

@@ -23,8 +23,8 @@ class Plan:
             all (the step takes the noise that `extrapolation` predicts), anything between as
             many of the most urgent tokens. The first is 1, as there is nothing to reuse before.
         extrapolation: One number per step, how much of the noise's last change is added to what
-            is reused in that step: 0 holds the noise, 1 continues it linearly in sigma. None
-            leaves it to `RASConfig.extrapolation`.
+            is reused in that step, as `RASConfig.extrapolation` counts it. None leaves it to
+            that.
         note: Where the plan comes from, for people.
 
     Raises:
@@ -136,11 +136,11 @@ def paper_plan(
     num_tokens: int,
     *,
     sample_ratio: float,
-    error_reset_steps: Sequence[int | float] = (12, 20),
-    scheduler_start_step: int = 4,
-    scheduler_end_step: int | None = None,
-    skip_num_step: int = 0,
-    skip_num_step_length: int = 0,
+    error_reset_steps: Sequence[int | float],
+    scheduler_start_step: int,
+    scheduler_end_step: int | None,
+    skip_num_step: int,
+    skip_num_step_length: int,
 ) -> Plan:
     """The schedule of arXiv 2502.10389: `sample_ratio` of the tokens in all but some steps.
 

@@ -33,13 +33,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import DEFAULT_SPEEDUP, EXTRAPOLATION, RASConfig
+from .config import DEFAULT_SPEEDUP, EXTRAPOLATION, PAPER_RESETS, PAPER_START, RASConfig
 from .plan import DENSE, SKIP, Plan, paper_plan, resets
 
 Array = NDArray[np.float64]
 Steps = NDArray[np.integer]
 
-SIGMAS = 0.05, 0.9999  # beyond which a place is taken to stand still: it has no end there
+SIGMAS = 0.05, 0.9999  # beyond which the position is taken to stand still: it has no end there
 TOLERANCE = 0.03  # of a speed-up, beyond which a plan is said to miss it
 MASK_PAYS = 0.35  # cost of a partial step, in dense ones, above which a mask is no use to a plan
 PARTIALS = 2  # for each dense step, under a mask
@@ -126,13 +126,13 @@ class ErrorModel:
         gaps = np.diff([*must, n])
         shortest = next(size for size in range(1, n + 1) if np.ceil(gaps / size).sum() <= count)
         longest = max(LONGEST, 2 * shortest)
-        # cost[p + 1][s] = errors of ending at s + 1, s + 2, …; p = -1 for the first stretch
+        # cost[p, s]: errors of a stretch from s to s + 1, s + 2, …; p is -1 for the first one
         cost: dict[tuple[int, int], Array] = {}
         for last in range(n):
             end = min(n, last + longest, next((m for m in must if m > last), n))
             for before in range(max(0, last - longest), last) if last else (-1,):
                 cost[before, last] = self.stretch(before, last, end)
-        # least[s][p] after k dense steps, of which the last two are p and s
+        # least[p, s]: the error before s of dense steps of which the last two are p and s
         least = {(-1, 0): 0.0}
         origin: list[dict[tuple[int, int], int]] = []
         for _ in range(count - 1):
@@ -299,14 +299,14 @@ def plan_run(
         )
     start, end = config.scheduler_start_step, config.scheduler_end_step
     if speedup is None and ratio is not None:
+        start = PAPER_START if start is None else start
+        resets_given = config.error_reset_steps
         plan = paper_plan(
             steps,
             num_tokens,
             sample_ratio=ratio,
-            error_reset_steps=(12, 20)
-            if config.error_reset_steps is None
-            else config.error_reset_steps,
-            scheduler_start_step=4 if start is None else start,
+            error_reset_steps=PAPER_RESETS if resets_given is None else resets_given,
+            scheduler_start_step=start,
             scheduler_end_step=end,
             skip_num_step=config.skip_num_step,
             skip_num_step_length=config.skip_num_step_length,
@@ -314,7 +314,7 @@ def plan_run(
         if min(plan.shares) == DENSE and ratio < 1:
             complaint = (
                 f"none of this run's {steps} steps can be sparse, so that all are dense: the "
-                f"first that may be is scheduler_start_step={4 if start is None else start}"
+                f"first that may be is scheduler_start_step={start}"
             )
         return _with_mask(plan, config, masked_tokens, num_tokens), complaint
     speedup = DEFAULT_SPEEDUP if speedup is None else speedup

@@ -25,7 +25,7 @@ class HeldNoise:
     """One branch's noise, `(B, N, C)`, and how each token's was changing."""
 
     def __init__(self, noise: Tensor, *, extrapolates: bool) -> None:
-        """Room for noise of this shape and dtype; what it holds is written by `update`."""
+        """Room for noise of this shape and dtype; what it holds is written by `merge`."""
         self.noise = normal_empty(noise, noise.shape)
         self._change: Tensor | None = None  # (B, N, C), v1 - v0
         self._since: Tensor | None = None  # (B, N, 1) float32, t1

@@ -28,6 +28,16 @@ def noise_levels(scheduler: Any) -> tuple[float, ...]:
     return tuple(levels[: stages + 1])
 
 
+def order_of(scheduler: Any) -> int:
+    """Calls of `step`, and of the transformer, in a solver step: 2 for Heun's."""
+    return getattr(scheduler, "order", 1)
+
+
+def of_steps(levels: tuple[float, ...], order: int) -> tuple[float, ...]:
+    """The noise level that each solver step begins at, and that of the end, out of all stages'."""
+    return (*levels[:-1:order], levels[-1])
+
+
 class StepWatch:
     """Tells `observe` the noise of each step of one scheduler, once the step is done.
 
