@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import elsewhere, end_to_end, inpainting, scenes, train
+import ras
+from benchmarks import elsewhere, end_to_end, inpainting, judge, plans, scenes, train
 
 
 def test_end_to_end(capsys):
@@ -79,3 +80,21 @@ def test_elsewhere(capsys, monkeypatch):
     elsewhere.main(["--count=4", "--places", "shift", "Heun"])
     table = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[2] for line in table[2:]] == ["fewer steps, 3", "RAS"] * 2
+
+
+def test_plans(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plans, "CALIBRATED", (2.0,))
+    monkeypatch.setattr(plans, "STEPS", 6)
+    monkeypatch.setattr("ras.calibration.ROUNDS", 0)
+    folders = tmp_path / "regions", tmp_path / "whole"
+    plans.main(["--prompts=1", "--out", str(folders[0]), "--whole-steps", str(folders[1])])
+    for folder in folders:
+        plan = ras.Plan.load(folder / "2x.json")
+        assert len(plan.shares) == 6 and plan.speedup(256, 28) == pytest.approx(2, rel=0.03)
+    assert capsys.readouterr().out.count("2x.json") == 2
+
+
+def test_judge(monkeypatch, capsys):
+    monkeypatch.setattr(judge, "HELD_OUT", range(40_000_000, 40_000_004))
+    judge.main(["--count=1", "--batch=1"])
+    assert "RAS" in capsys.readouterr().out
