@@ -11,10 +11,12 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -85,17 +87,19 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModelWithProjection:
-    """A frozen random encoder. SD3 reads the last state but one: with one layer, that is the
+def build_text_encoder(
+    tokenizer: CLIPTokenizer, layers: int, width: int = TEXT_WIDTH, tokens: int = TEXT_TOKENS
+) -> CLIPTextModelWithProjection:
+    """A frozen random encoder. The last state but one is read: with one layer, that is the
     words' and positions' embeddings themselves, with two it also mixes in the words before."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        max_position_embeddings=TEXT_TOKENS,
+        max_position_embeddings=tokens,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -148,25 +152,32 @@ def build_pipeline(vae: AutoencoderKL, work: Path, seed: int) -> StableDiffusion
     )
 
 
-def embed(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Text states (N, 28, 128) and pooled states (N, 128), float32."""
+def embed(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> dict[str, Tensor]:
+    """Text states (N, 28, 128) and pooled ones (N, 128), float32, as the transformer takes them."""
     states, _, pooled, _ = pipeline.encode_prompt(
         captions, None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
-    return states, pooled
+    return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
-def export(pipeline: StableDiffusion3Pipeline, out: Path) -> None:
+def velocity(model: Any, noisy: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:
+    """The velocity, noise - latent, that the model predicts for latents (N, 8, 32, 32)."""
+    return model(noisy, timestep=1000 * sigma, return_dict=False, **text)[0]
+
+
+def export(pipeline: DiffusionPipeline, out: Path) -> None:
     """Write the pipeline folder: half-precision weights, the frozen encoders in full."""
     halves = {
         name: copy.deepcopy(getattr(pipeline, name)).half() for name in ("vae", "transformer")
     }
-    StableDiffusion3Pipeline(**(pipeline.components | halves)).save_pretrained(out)
-    for name in ("tokenizer", "tokenizer_2"):  # in the form that transformers 4 reads too
-        shutil.rmtree(out / name)
-        write_tokenizer(out / name)
+    type(pipeline)(**(pipeline.components | halves)).save_pretrained(out)
+    for folder in out.glob("tokenizer*"):  # in the form that transformers 4 reads too
+        shutil.rmtree(folder)
+        write_tokenizer(folder)
 
 
-def load(folder: Path) -> StableDiffusion3Pipeline:
-    """The pipeline of a folder; diffusers asks to be told that there is no third encoder."""
-    return StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+def load(folder: Path) -> Any:
+    """The pipeline of a folder; diffusers asks to be told of the parts that it does not have."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    return DiffusionPipeline.from_pretrained(folder, **absent)

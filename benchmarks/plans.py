@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.plans", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, default=ras.bundled_model())
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--speedups", type=float, nargs="+", default=CALIBRATED)
     parser.add_argument("--out", type=Path, default=ras.bundled_model() / "plans")
     parser.add_argument("--whole-steps", type=Path, default=WHOLE_STEPS)
     options = parser.parse_args(argv)
@@ -35,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts = [scenes.sample(PROMPTS + i).caption() for i in range(options.prompts)]
     for folder, shares in ((options.out, (0.25, 0.5)), (options.whole_steps, ())):
-        for speedup in CALIBRATED:
+        for speedup in options.speedups:
             plan = ras.calibrate(
                 pipe,
                 prompts,
                 speedup=speedup,
                 num_inference_steps=STEPS,
                 shares=shares,
-                batch_size=options.prompts,
+                batch_size=min(options.prompts, 16),
                 guidance_scale=4.0,
                 max_sequence_length=0,
             )

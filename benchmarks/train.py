@@ -2,10 +2,12 @@
 
     python -m benchmarks.train --work work --out model
     python -m benchmarks.train --out model --sheet sheet.png
+    python -m benchmarks.train --family lumina --work work --out lumina
 
 The first form trains the autoencoder, encodes the scenes, trains the transformer and writes
 the pipeline folder; every stage resumes from the checkpoint it left in `--work`, with the
-batches that `(seed, step)` determine. The second form draws captions that training never saw.
+batches that `(seed, step)` determine. The second form draws captions that training never saw. The
+third trains another family's transformer with the same autoencoder, for benchmarks alone.
 
 Images are (3, 256, 256) float32 in [-1, 1]; latents are (8, 32, 32), normalised to mean 0 and
 standard deviation 1; the transformer sees 16 x 16 = 256 image tokens and 28 of text.
@@ -23,23 +25,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import scenes
-from .model import LATENT, SIDE, build_pipeline, build_vae, embed, export, load
+from . import lumina, model, scenes
+from .model import LATENT, SIDE, build_vae, export, load
 
 CROP = 64  # pixels of the side of the crops the autoencoder learns from
 SCENES = 16_000  # to train the transformer on
 UNSEEN = 10_000_000  # scenes from here on are for looking at what the model learnt
 BATCH = 32
 SAVE_EVERY = 100  # steps
+FAMILIES = {"sd3": model, "lumina": lumina}
 
 
 def draw(seeds: list[int]) -> Tensor:
@@ -166,7 +170,13 @@ def encode(vae: AutoencoderKL, work: Path, device: str) -> np.memmap:
 
 
 def flow_loss(
-    model: nn.Module, pipeline: StableDiffusion3Pipeline, latents: np.memmap, seed: int, step: int
+    network: nn.Module,
+    family: ModuleType,
+    pipeline: DiffusionPipeline,
+    latents: np.memmap,
+    mean: float,
+    seed: int,
+    step: int,
 ) -> Tensor:
     """The mean squared error of the velocity, noise - latent, on the batch of (seed, step)."""
     rng = np.random.default_rng((seed, step))
@@ -174,23 +184,23 @@ def flow_loss(
     # The empty captions teach what guidance steers away from.
     captions = ["" if rng.random() < 0.1 else scenes.sample(int(i)).caption() for i in chosen]
     device = pipeline.device
-    states, pooled = embed(pipeline, captions)
-    latent = torch.from_numpy(latents[chosen].astype(np.float32)).to(device)
+    text = family.embed(pipeline, captions)
+    latent = torch.from_numpy(latents[chosen].astype(np.float32)).to(device) + mean
     noise = torch.from_numpy(rng.standard_normal(latent.shape, np.float32)).to(device)
     shift = pipeline.scheduler.config.shift
     u = torch.from_numpy(rng.standard_normal(BATCH, np.float32)).to(device).sigmoid()
     sigma = shift * u / (1 + (shift - 1) * u)
     noisy = torch.lerp(latent, noise, sigma[:, None, None, None])
     with torch.autocast(device.type, torch.bfloat16):
-        velocity = model(noisy, states, pooled, 1000 * sigma, return_dict=False)[0]
+        velocity = family.velocity(network, noisy, sigma, text)
     return F.mse_loss(velocity.float(), noise - latent)
 
 
-def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+def optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for all else."""
     matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        inner = parameter.ndim == 2 and name.startswith("transformer_blocks")
+    for name, parameter in network.named_parameters():
+        inner = parameter.ndim == 2 and name.startswith(("transformer_blocks", "layers"))
         (matrices if inner else others).append(parameter)
     return [
         torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -199,37 +209,48 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def train_transformer(
-    pipeline: StableDiffusion3Pipeline,
+    family: ModuleType,
+    pipeline: DiffusionPipeline,
     latents: np.memmap,
-    work: Path,
+    mean: float,
+    path: Path,
     out: Path,
     steps: int,
     seed: int,
 ) -> None:
-    """Train, leaving the moving average of the weights in the pipeline and in `out`."""
+    """Train, leaving the moving average of the weights in the pipeline and in `out`.
+
+    Args:
+        family: `benchmarks.model` or `benchmarks.lumina`.
+        pipeline: What its `build_pipeline` made.
+        latents: (n, 8, 32, 32), of mean 0.
+        mean: What the pipeline wants it to be.
+        path: The checkpoint.
+        out, steps, seed: See the command line.
+    """
     average = pipeline.transformer
-    model = copy.deepcopy(average).train()
-    parts = {"model": model, "average": average}
-    path, done = work / "transformer.pt", 0
-    parts |= {f"optimizer{i}": o for i, o in enumerate(optimizers(model))}
+    network = copy.deepcopy(average).train()
+    parts = {"model": network, "average": average}
+    done = 0
+    parts |= {f"optimizer{i}": o for i, o in enumerate(optimizers(network))}
     if path.exists():
         state = torch.load(path, map_location=pipeline.device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         done = state["step"]
-    fast = torch.compile(model)
+    fast = torch.compile(network)
     for step, figures in steps_left("transformer", done, steps, BATCH):
-        loss = figures["loss"] = flow_loss(fast, pipeline, latents, seed, step)
+        loss = figures["loss"] = flow_loss(fast, family, pipeline, latents, mean, seed, step)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for name in ("optimizer0", "optimizer1"):
             for group in parts[name].param_groups:
                 group["lr"] = learning_rate(step, steps, 2e-3, 100)
             parts[name].step()
-        model.zero_grad()
+        network.zero_grad()
         rate = max(10 / (step + 10), 1e-3)
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), rate)
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), rate)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save(path, step=step + 1, **{key: part.state_dict() for key, part in parts.items()})
             export(pipeline, out)
@@ -262,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the pipeline folder")
     parser.add_argument("--work", type=Path, help="where checkpoints and latents are kept")
+    parser.add_argument("--family", choices=FAMILIES, default="sd3")
     parser.add_argument("--steps", type=int, default=5900, help="of the transformer")
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=0)
@@ -276,8 +298,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(args.work, args.vae_steps, args.seed, args.device)
     latents = encode(vae, args.work, args.device)
-    pipeline = build_pipeline(vae, args.work, args.seed).to(args.device)
-    train_transformer(pipeline, latents, args.work, args.out, args.steps, args.seed)
+    family = FAMILIES[args.family]
+    pipeline = family.build_pipeline(vae, args.work, args.seed).to(args.device)
+    config = vae.config
+    mean = config.scaling_factor * (config.shift_factor - pipeline.vae.config.shift_factor)
+    path = args.work / ("transformer.pt" if args.family == "sd3" else f"{args.family}.pt")
+    train_transformer(family, pipeline, latents, mean, path, args.out, args.steps, args.seed)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ Array = NDArray[np.float64]
 Steps = NDArray[np.integer]
 
 SIGMAS = 0.05, 0.9999  # beyond which the position is taken to stand still: it has no end there
-TOLERANCE = 0.03  # of a speed-up, beyond which a plan is said to miss it
+TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
 MASK_PAYS = 0.35  # cost of a partial step, in dense ones, above which a mask is no use to a plan
 PARTIALS = 2  # for each dense step, under a mask
 LONGEST = 16  # steps that one stretch may have, unless there are few dense steps for many
@@ -171,7 +171,9 @@ def plan_speedup(
 ) -> Plan:
     """The plan of least modelled error at `1 / speedup` of a dense run's tokens, text included.
 
-    As many dense steps as the tokens allow, and partial ones for what is left.
+    Dense steps alone where some number of them comes within `TOLERANCE`: what a partial step adds
+    is less than what keeping K and V for it costs. Else as many as the tokens allow, and partial
+    ones for what is left.
 
     Args:
         model: The run's error model.
@@ -185,6 +187,9 @@ def plan_speedup(
     text = 0 if reuse_text else text_tokens
     budget = model.steps * full / speedup
     least = len({0, *pinned})
+    nearest = round(model.steps / speedup)
+    if share is None and nearest >= least and abs(budget / (nearest * full) - 1) <= TOLERANCE:
+        budget = nearest * full
     count = max(min(int(budget / full + 1e-9), model.steps), least)
     rest = budget - count * full
     partial: list[float] = []

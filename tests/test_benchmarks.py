@@ -38,7 +38,8 @@ def test_scenes_repeat_and_differ():
     assert one.draw(64).shape == (64, 64, 3) and one.draw(64).dtype == np.uint8
 
 
-def test_training_resumes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["sd3", "lumina"])
+def test_training_resumes(tmp_path, monkeypatch, family):
     """All stages in a few steps, interrupted once: the folder is a pipeline that draws."""
     drawn = train.images
     monkeypatch.setattr(train, "SCENES", 16)
@@ -47,10 +48,11 @@ def test_training_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(train.torch, "compile", lambda model: model)
     folder, work = tmp_path / "model", tmp_path / "work"
     for steps in ("1", "2"):
-        arguments = ["--out", str(folder), "--work", str(work), "--vae-steps=1", "--steps", steps]
-        monkeypatch.setattr("sys.argv", ["train", *arguments])
+        arguments = ["--family", family, "--vae-steps=1", "--steps", steps]
+        folders = ["--out", str(folder), "--work", str(work)]
+        monkeypatch.setattr("sys.argv", ["train", *arguments, *folders])
         train.main()
-    state = torch.load(work / "transformer.pt")
+    state = torch.load(work / {"sd3": "transformer.pt", "lumina": "lumina.pt"}[family])
     assert state["step"] == 2
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 24e6
     sheet = tmp_path / "sheet.png"

@@ -220,6 +220,14 @@ def test_one_partial_step_for_what_is_left():
     assert plan.shares.count(1) == 2 and shares == [pytest.approx(0.6)]
 
 
+@pytest.mark.parametrize("speedup, dense", [(1.5, 19), (2, 14), (2.5, 11), (2.472, 11)])
+def test_no_partial_step_where_whole_ones_come_near_enough(speedup, dense):
+    plan, _ = plan_run(ras.RASConfig(speedup), levels(28), 1024, 333)
+    assert plan.shares.count(1) == dense and set(plan.shares) == {0, 1}
+    plan, _ = plan_run(ras.RASConfig(speedup, sample_ratio=0.05), levels(28), 1024, 333)
+    assert set(plan.shares) <= {0, 0.05, 1}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
