@@ -6,6 +6,8 @@ The constants of `ras.planner` were chosen on the even prompts of the ruler with
 shift 3 and guidance 4. Here each of these is another, one at a time, on the odd prompts; RAS is
 compared with as many fewer steps of the same scheduler as cost the same tokens, by PSNR to the
 dense image of that setting. Times are of the denoising loop, each run after a dense one.
+
+`--model` takes another model, such as `benchmarks.train --family lumina` makes.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from typing import Any
 
 import torch
 from diffusers import (
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    StableDiffusion3Pipeline,
 )
 from torch import Tensor
 
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def measure(
-    pipe: StableDiffusion3Pipeline, place: Place, captions: list[str], seeds: list[int]
+    pipe: DiffusionPipeline, place: Place, captions: list[str], seeds: list[int]
 ) -> list[dict[str, Any]]:
     """A row for each speed-up and method."""
     pipe.scheduler = place.scheduler(shift=place.shift)
@@ -119,7 +121,7 @@ def measure(
 
 
 def run(
-    pipe: StableDiffusion3Pipeline,
+    pipe: DiffusionPipeline,
     place: Place,
     captions: list[str],
     seeds: list[int],

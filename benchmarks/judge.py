@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -149,9 +149,7 @@ def unseen() -> Iterator[scenes.Scene]:
     return (scene for scene in fresh if replace(scene, seed=0) not in seen)
 
 
-def generate(
-    pipe: StableDiffusion3Pipeline, captions: Sequence[str], batch: int
-) -> Iterator[Tensor]:
+def generate(pipe: DiffusionPipeline, captions: Sequence[str], batch: int) -> Iterator[Tensor]:
     """The pipeline's images, (N, 3, 256, 256) float32 in [0, 1], image i from seed i."""
     pipe.set_progress_bar_config(disable=True)
     for first in tqdm(range(0, len(captions), batch), "batches"):

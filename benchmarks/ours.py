@@ -19,11 +19,17 @@ WHOLE = "whole steps, searched", "whole steps, regular"  # what regions have to 
 WHOLE_STEPS = Path(__file__).parent / "plans"
 
 
-def settings() -> list[Setting]:
-    """Plans for speed-ups, calibrated ones, and whole steps alone."""
+def settings(model: Path) -> list[Setting]:
+    """Plans for speed-ups, calibrated ones, and whole steps alone.
+
+    Args:
+        model: The pipeline's folder, which may hold calibrated plans of its own.
+    """
     found = [_ours("RAS", f"{speedup:g}x", speedup=speedup) for speedup in SPEEDUPS]
     searched, regular = WHOLE
-    folders = {"RAS, calibrated": ras.bundled_model() / "plans", searched: WHOLE_STEPS}
+    folders = {"RAS, calibrated": model / "plans"}
+    if model == ras.bundled_model():
+        folders[searched] = WHOLE_STEPS
     for method, folder in folders.items():
         for speedup in CALIBRATED:
             plan = folder / f"{speedup:g}x.json"

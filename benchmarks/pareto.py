@@ -40,24 +40,32 @@ from typing import Any
 import diffusers
 import safetensors.torch
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, LuminaPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import ras
 import ras_kernels
 
-from . import judge, measures, model, ours, report, rivals, scenes, train
+from . import judge, lumina, measures, model, ours, report, rivals, scenes, train
 from .end_to_end import DTYPES, clock, device_name
 from .rivals import Setting
 
 PEAK = 100.0  # dB: equal images have no finite PSNR
-EMBEDS = (  # what encode_prompt returns
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
+EMBEDS = {  # what encode_prompt returns, by whether it is Lumina's
+    False: (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    True: (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    ),
+}
 CALIBRATION = 2  # captions to calibrate with, of scenes that training saw
 
 
@@ -105,7 +113,7 @@ class Ruler:
     Row 0 of the results is the dense pipeline's, row i that of setting i - 1.
     """
 
-    def __init__(self, pipe: StableDiffusion3Pipeline, options: argparse.Namespace) -> None:
+    def __init__(self, pipe: DiffusionPipeline, options: argparse.Namespace) -> None:
         self.pipe, self.options = pipe, options
         self.scenes = unseen(options) if of_scenes(pipe) and not options.prompts else None
         self.prompts = prompts(options, self.scenes)
@@ -114,8 +122,8 @@ class Ruler:
             self.classifier = judge.load_classifier()
             self.real = judge.real_statistics(self.classifier, options.out)
         dense = Setting("dense", f"{rivals.STEPS} steps", rivals.STEPS, rivals.as_it_is)
-        own = ours.ablations() if options.ablate else ours.settings()
-        others = [] if options.ablate else rivals.settings(calibrate)
+        own = ours.ablations() if options.ablate else ours.settings(options.model)
+        others = [] if options.ablate else rivals.settings(pipe, calibrate)
         self.settings = [dense, *chosen([*others, *own], options)]
         mine = {setting.method for setting in own if setting.method not in ours.WHOLE}
         self.results = self.empty(mine)
@@ -149,7 +157,7 @@ class Ruler:
             "options": kept,
             "machine": machine(self.options.device),
             "weights": fingerprint(self.pipe.transformer),
-            "notes": [] if rivals.cache_dit() else ["cache-dit is not installed: left out"],
+            "notes": rivals.left_out(self.pipe),
             "prompts": [text for _, text in self.prompts],
             "objects": [len(scene.objects) for scene in self.scenes or ()],
             "dense": [],  # per batch: the seconds of the first run, the one half-way and the last
@@ -266,11 +274,8 @@ class RowCount:
 
     def __init__(self, transformer: Any) -> None:
         self.rows = 0
-        self._layers = [
-            layer
-            for layer in transformer.transformer_blocks.modules()
-            if isinstance(layer, nn.Linear)
-        ]
+        blocks = getattr(transformer, "transformer_blocks", None) or transformer.layers
+        self._layers = [layer for layer in blocks.modules() if isinstance(layer, nn.Linear)]
 
     def __enter__(self) -> RowCount:
         self._handles = [layer.register_forward_hook(self._count) for layer in self._layers]
@@ -286,18 +291,21 @@ class RowCount:
 
 
 @torch.no_grad()
-def encode(pipe: StableDiffusion3Pipeline, batch: list[tuple[int, str]]) -> dict[str, Any]:
+def encode(pipe: DiffusionPipeline, batch: list[tuple[int, str]]) -> dict[str, Any]:
     """What `draw` needs of prompts, which are seeds of the noise and texts."""
     texts = [text for _, text in batch]
-    tokens = 0 if of_scenes(pipe) else 256  # of the third encoder, or the zeros in its stead
-    embeds = pipe.encode_prompt(texts, None, None, max_sequence_length=tokens)
-    return {"seeds": [seed for seed, _ in batch], **dict(zip(EMBEDS, embeds))}
+    is_lumina = isinstance(pipe, LuminaPipeline)
+    # SD3's third encoder has 256 tokens, or there are zeros in its stead.
+    others = {} if is_lumina else {"prompt_2": None, "prompt_3": None}
+    tokens = 0 if of_scenes(pipe) else 256
+    embeds = pipe.encode_prompt(texts, **others, max_sequence_length=tokens)
+    return {"seeds": [seed for seed, _ in batch], **dict(zip(EMBEDS[is_lumina], embeds))}
 
 
-def draw(pipe: StableDiffusion3Pipeline, inputs: dict[str, Any], steps: int) -> Tensor:
+def draw(pipe: DiffusionPipeline, inputs: dict[str, Any], steps: int) -> Tensor:
     """The latents, (B, C, H, W), that the pipeline ends with."""
     return pipe(
-        **{name: inputs[name] for name in EMBEDS},
+        **{name: value for name, value in inputs.items() if name != "seeds"},
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in inputs["seeds"]],
         num_inference_steps=steps,
         guidance_scale=4.0,
@@ -305,17 +313,18 @@ def draw(pipe: StableDiffusion3Pipeline, inputs: dict[str, Any], steps: int) -> 
     ).images
 
 
-def calibrate(pipe: StableDiffusion3Pipeline) -> None:
+def calibrate(pipe: DiffusionPipeline) -> None:
     """A run for the methods that have to learn something of the model first."""
     captions = [(seed, scenes.sample(seed).caption()) for seed in range(CALIBRATION)]
     draw(pipe, encode(pipe, captions), rivals.STEPS)
 
 
-def of_scenes(pipe: StableDiffusion3Pipeline) -> bool:
+def of_scenes(pipe: DiffusionPipeline) -> bool:
     """Whether it is a model of `benchmarks.train`, by the sizes of its image and its text."""
     config = pipe.transformer.config
-    sizes = config.in_channels, config.sample_size, config.joint_attention_dim
-    return sizes == (model.LATENT[0], model.LATENT[1], 2 * model.TEXT_WIDTH)
+    text = config.get("joint_attention_dim", config.get("cross_attention_dim"))
+    widths = {lumina.TEXT_WIDTH, 2 * model.TEXT_WIDTH}
+    return (config.in_channels, config.sample_size) == model.LATENT[:2] and text in widths
 
 
 def unseen(options: argparse.Namespace) -> list[scenes.Scene]:
@@ -368,9 +377,10 @@ def spread(line: list[Setting], most: int) -> list[Setting]:
 
 
 @torch.no_grad()
-def decode(pipe: StableDiffusion3Pipeline, latents: Tensor) -> Tensor:
+def decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
     """The images, (B, 3, H, W) float32 in [0, 1] on the CPU."""
-    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    config = pipe.vae.config
+    latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
     images = pipe.vae.decode(latents, return_dict=False)[0]
     return pipe.image_processor.postprocess(images, output_type="pt").float().cpu()
 

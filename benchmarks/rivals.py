@@ -74,10 +74,11 @@ class Setting:
     switch: Switch
 
 
-def settings(calibrate: Calibrate) -> list[Setting]:
+def settings(pipe: DiffusionPipeline, calibrate: Calibrate) -> list[Setting]:
     """The settings of all methods that can be had here.
 
     Args:
+        pipe: What they are for.
         calibrate: Makes a run of `STEPS` steps with prompts that are not among those to be
             judged, for a method that has to learn something of the model first.
     """
@@ -93,7 +94,20 @@ def settings(calibrate: Calibrate) -> list[Setting]:
         )
         for ratio in ratios
     ]
+    if not of_sd3(pipe):
+        return fewer + regions
     return fewer + regions + diffusers_settings(calibrate) + cache_dit_settings()
+
+
+def left_out(pipe: DiffusionPipeline) -> list[str]:
+    """What `settings` cannot have here, in words."""
+    if not of_sd3(pipe):
+        return ["The caches of diffusers and cache-dit are set up for SD3 alone: left out"]
+    return [] if cache_dit() else ["cache-dit is not installed: left out"]
+
+
+def of_sd3(pipe: DiffusionPipeline) -> bool:
+    return isinstance(pipe.transformer, SD3Transformer2DModel)
 
 
 @contextmanager

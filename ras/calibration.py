@@ -20,7 +20,7 @@ from torch import Tensor
 from .api import enabled, is_enabled, stats
 from .config import DEFAULT_SPEEDUP, RASConfig
 from .plan import DENSE, SKIP, Plan
-from .planner import TOLERANCE, ErrorModel, plan_run, plan_speedup, position, roughness
+from .planner import TOLERANCE, ErrorModel, carried, plan_run, plan_speedup, position
 from .scheduler import StepWatch, noise_levels, of_steps, order_of
 
 ROUNDS = 4  # of improving the plan by real runs
@@ -147,8 +147,7 @@ def _factor(gain: float, ratio: float) -> float:
     low, high = FACTORS
     for _ in range(30):
         middle = (low + high) / 2
-        h = roughness(middle)
-        if ((1 + ratio) ** h - ratio**h - 1) / 2 < gain:
+        if carried(ratio, 1.0, middle) < gain:
             low = middle
         else:
             high = middle

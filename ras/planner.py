@@ -60,6 +60,18 @@ def roughness(extrapolation: float) -> float:
     return 1 + math.log2(1 + extrapolation)
 
 
+def carried(ahead: Any, behind: Any, extrapolation: float) -> Any:
+    """The share `g` of the last change that has gone on after a distance `ahead`.
+
+        g = ((a + b)^h - a^h - b^h) / (2 b^h),    a = ahead,  b = behind,  h = 2H
+
+    It is `gains` in closed form, of floats, arrays or tensors; `behind` is what the last change
+    took, and not 0.
+    """
+    h = roughness(extrapolation)
+    return ((ahead + behind) ** h - ahead**h - behind**h) / (2 * behind**h)
+
+
 def covariance(sigmas: Sequence[float], extrapolation: float) -> Array:
     """`K` of a fractional Brownian motion in position, up to a constant, `(n, n)`."""
     positions = np.array([position(sigma) for sigma in sigmas])
@@ -291,61 +303,79 @@ def plan_run(
     Returns:
         The plan, and what to warn of, if anything: a speed-up that cannot be met.
     """
-    steps = len(sigmas) - 1
-    ratio = config.sample_ratio
-    speedup, complaint = config.speedup, None
-    if config.plan is not None:
-        if len(config.plan.shares) == steps:
-            return _with_mask(config.plan, config, masked_tokens, num_tokens), None
-        speedup = config.plan.speedup(num_tokens, text_tokens, reuse_text=config.reuse_text)
-        complaint = (
-            f"the plan is one of {len(config.plan.shares)} steps and the run has {steps}, so that "
+    steps, given = len(sigmas) - 1, config.plan
+    if given is not None and len(given.shares) == steps:
+        return _with_mask(given, config, masked_tokens, num_tokens), None
+    if given is None and config.speedup is None and config.sample_ratio is not None:
+        plan, complaint = _of_the_paper(config, steps, num_tokens)
+        return _with_mask(plan, config, masked_tokens, num_tokens), complaint
+    speedup = DEFAULT_SPEEDUP if config.speedup is None else config.speedup
+    complaints = []
+    if given is not None:
+        speedup = given.speedup(num_tokens, text_tokens, reuse_text=config.reuse_text)
+        complaints.append(
+            f"the plan is one of {len(given.shares)} steps and the run has {steps}, so that "
             f"another is made for its speed-up of {speedup:.2f}"
         )
-    start, end = config.scheduler_start_step, config.scheduler_end_step
-    if speedup is None and ratio is not None:
-        start = PAPER_START if start is None else start
-        resets_given = config.error_reset_steps
-        plan = paper_plan(
-            steps,
-            num_tokens,
-            sample_ratio=ratio,
-            error_reset_steps=PAPER_RESETS if resets_given is None else resets_given,
-            scheduler_start_step=start,
-            scheduler_end_step=end,
-            skip_num_step=config.skip_num_step,
-            skip_num_step_length=config.skip_num_step_length,
+    plan = _of_least_error(config, speedup, sigmas, num_tokens, text_tokens, masked_tokens)
+    reached = plan.speedup(num_tokens, text_tokens, reuse_text=config.reuse_text)
+    if abs(reached / speedup - 1) > TOLERANCE:
+        complaints.append(
+            f"a speed-up of {speedup:g} cannot be met in {steps} steps with these settings; it "
+            f"is {reached:.2f}"
         )
-        if min(plan.shares) == DENSE and ratio < 1:
-            complaint = (
-                f"none of this run's {steps} steps can be sparse, so that all are dense: the "
-                f"first that may be is scheduler_start_step={start}"
-            )
-        return _with_mask(plan, config, masked_tokens, num_tokens), complaint
-    speedup = DEFAULT_SPEEDUP if speedup is None else speedup
+    return plan, "; ".join(complaints) or None
+
+
+def _of_the_paper(config: RASConfig, steps: int, num_tokens: int) -> tuple[Plan, str | None]:
+    """The paper's schedule, and a complaint if it leaves nothing out."""
+    ratio, start = config.sample_ratio, config.scheduler_start_step
+    assert ratio is not None
+    start = PAPER_START if start is None else start
+    given = config.error_reset_steps
+    plan = paper_plan(
+        steps,
+        num_tokens,
+        sample_ratio=ratio,
+        error_reset_steps=PAPER_RESETS if given is None else given,
+        scheduler_start_step=start,
+        scheduler_end_step=config.scheduler_end_step,
+        skip_num_step=config.skip_num_step,
+        skip_num_step_length=config.skip_num_step_length,
+    )
+    if min(plan.shares) < DENSE or ratio == 1:
+        return plan, None
+    return plan, (
+        f"none of this run's {steps} steps can be sparse, so that all are dense: the first that "
+        f"may be is scheduler_start_step={start}"
+    )
+
+
+def _of_least_error(
+    config: RASConfig,
+    speedup: float,
+    sigmas: tuple[float, ...],
+    num_tokens: int,
+    text_tokens: int,
+    masked_tokens: int | None,
+) -> Plan:
+    """The plan of least modelled error, with the steps dense that the settings want so."""
+    steps = len(sigmas) - 1
+    start, end = config.scheduler_start_step, config.scheduler_end_step
     pinned = set(range(start or 0)) | (set() if end is None else set(range(end + 1, steps)))
     pinned |= resets(config.error_reset_steps or (), steps)
+    pinned = {step for step in pinned if step < steps}
     hold = config.extrapolation == 0
     kernel = covariance(sigmas[:-1], EXTRAPOLATION if hold else config.extrapolation)
     model = ErrorModel(sigmas, kernel, hold=hold)
     tokens: dict[str, Any] = dict(
         num_tokens=num_tokens, text_tokens=text_tokens, reuse_text=config.reuse_text
     )
-    pinned = {step for step in pinned if step < steps}
     text = 0 if config.reuse_text else text_tokens
     if masked_tokens and (masked_tokens + text) / (num_tokens + text_tokens) < MASK_PAYS:
-        plan = plan_masked(model, speedup, **tokens, pinned=pinned, masked_tokens=masked_tokens)
-    else:
-        plan = plan_speedup(model, speedup, **tokens, pinned=pinned, share=ratio)
-        plan = _with_mask(plan, config, masked_tokens, num_tokens)
-    reached = plan.speedup(num_tokens, text_tokens, reuse_text=config.reuse_text)
-    if abs(reached / speedup - 1) > TOLERANCE:
-        missed = (
-            f"a speed-up of {speedup:g} cannot be met in {steps} steps with these settings; it "
-            f"is {reached:.2f}"
-        )
-        complaint = missed if complaint is None else f"{complaint}; {missed}"
-    return plan, complaint
+        return plan_masked(model, speedup, **tokens, pinned=pinned, masked_tokens=masked_tokens)
+    plan = plan_speedup(model, speedup, **tokens, pinned=pinned, share=config.sample_ratio)
+    return _with_mask(plan, config, masked_tokens, num_tokens)
 
 
 def _with_mask(plan: Plan, config: RASConfig, masked_tokens: int | None, num_tokens: int) -> Plan:

@@ -1,13 +1,9 @@
 """The noise that is reused: what a token last predicted, and how that was changing.
 
-With `v1` and `v0` a token's last two predictions, at positions `t1` and `t0`, step t
-reuses `v1 + g * (v1 - v0)`, where
-
-    g = ((a + b)^h - a^h - b^h) / (2 b^h),    a = |t - t1|,  b = |t1 - t0|,  h = 2H
-
-is the best linear prediction of a fractional Brownian motion (see `ras.planner`): 0 at first,
-`RASConfig.extrapolation` when the time since equals the time before, and slower than linear
-beyond, so that a long gap cannot run away.
+With `v1` and `v0` a token's last two predictions, at positions `t1` and `t0`, step t reuses
+`v1 + g * (v1 - v0)`, where `g` is the share that `ras.planner.carried` gives for the distances
+`|t - t1|` and `|t1 - t0|`: 0 at first, `RASConfig.extrapolation` when the time since equals the
+time before, and slower than linear beyond, so that a long gap cannot run away.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from torch import Tensor
 import ras_kernels
 
 from .attention import normal_empty, read, write
-from .planner import position, roughness
+from .planner import carried, position
 
 
 class HeldNoise:
@@ -63,13 +59,9 @@ class HeldNoise:
             self._since = normal_empty(column, column.shape).fill_(place)
             self._gap = normal_empty(column, column.shape).zero_()
             return
-        since, gap = read(self._since, rows), read(self._gap, rows)
-        moved = (place - since).abs() > 1e-6
-        # A second prediction at the same place (Heun's) takes the place of the first.
-        kept = torch.where(moved, 0.0, 1.0).to(fresh.dtype)
-        change = fresh - read(self.noise, rows) + kept * read(self._change, rows)
-        write(self._change, rows, change)
-        write(self._gap, rows, torch.where(moved, place - since, gap))
+        since = read(self._since, rows)
+        write(self._change, rows, fresh - read(self.noise, rows))
+        write(self._gap, rows, place - since)
         write(self._since, rows, torch.full_like(since, place))
 
     def predict(self, sigma: float, extrapolation: float) -> Tensor:
@@ -83,9 +75,9 @@ class HeldNoise:
         """g of each token at noise level `sigma`, `(B, N, 1)` float32, or None if all are 0."""
         if not extrapolation or self._since is None or self._gap is None:
             return None
-        h = roughness(extrapolation)
         ahead, behind = (position(sigma) - self._since).abs(), self._gap.abs()
-        gain = ((ahead + behind) ** h - ahead**h - behind**h) / (2 * behind**h)
+        gain = carried(ahead, behind, extrapolation)
+        # After two predictions at one noise level, as Heun's makes, there is no pace to carry on.
         return torch.where((behind > 0) & (ahead > 0), gain, 0.0)
 
     @property

@@ -13,8 +13,9 @@ from PIL import Image
 
 pytest.importorskip("diffusers", minversion="0.42")  # which has all of its caches
 
+import ras
 import ras_kernels
-from benchmarks import ours, pareto, report, rivals
+from benchmarks import lumina, model, ours, pareto, report, rivals
 from benchmarks.rivals import STEPS, Setting
 
 
@@ -35,7 +36,10 @@ def draw(pipe, steps=STEPS):
     return pipe(**pipelines.sd3_inputs(pipe, batch=2), num_inference_steps=steps).images
 
 
-FASTEST = {setting.method: setting for setting in rivals.settings(lambda pipe: draw(pipe))}
+FASTEST = {
+    setting.method: setting
+    for setting in rivals.settings(pipelines.sd3(num_layers=1), lambda pipe: draw(pipe))
+}
 
 
 @functools.cache
@@ -70,8 +74,10 @@ def test_rival_comes_and_goes(method):
 
 def test_missing_cache_dit_is_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "cache_dit", None)
-    methods = {setting.method for setting in rivals.settings(draw)}
+    pipe, _ = pipe_and_dense()
+    methods = {setting.method for setting in rivals.settings(pipe, draw)}
     assert "TaylorSeer" in methods and not any("DBCache" in name for name in methods)
+    assert "cache-dit" in rivals.left_out(pipe)[0]
 
 
 def test_published_selection():
@@ -147,9 +153,9 @@ def test_ruler_resumes(tmp_path, monkeypatch, capsys):
     """Interrupted after a batch, it goes on; once all is measured, it only reports."""
     monkeypatch.setattr(rivals, "STEPS", 5)
     plain = [Setting("fewer steps", f"{n} steps", n, rivals.as_it_is) for n in (3, 4)]
-    monkeypatch.setattr(rivals, "settings", lambda calibrate: plain)
+    monkeypatch.setattr(rivals, "settings", lambda pipe, calibrate: plain)
     mine = [Setting("mine", "half", 5, half_of_the_blocks)]
-    monkeypatch.setattr(ours, "settings", lambda: mine)
+    monkeypatch.setattr(ours, "settings", lambda folder: mine)
     monkeypatch.setattr(pareto.judge.train, "SCENES", 16)
     statistics = torch.zeros(64), torch.eye(64)
     monkeypatch.setattr(pareto.judge, "real_statistics", lambda classifier, work: statistics)
@@ -188,3 +194,28 @@ def test_ruler_resumes(tmp_path, monkeypatch, capsys):
     assert "| fewer steps | 3 steps |" in table and "**mine** over fewer steps" in table
     plot = tmp_path / "plot.png"
     assert Image.open(plot).width > 1000 and plot.stat().st_size < 150_000
+
+
+def test_ruler_of_another_family(tmp_path, monkeypatch):
+    """A Lumina-Next folder with a plan of its own: what is for SD3 alone stays out."""
+    monkeypatch.setattr(pareto.rivals, "STEPS", 5)
+    vae = model.build_vae()
+    vae.register_to_config(shift_factor=0.1, scaling_factor=0.9)
+    pipe = lumina.build_pipeline(vae, tmp_path / "work", seed=0)
+    pipelines.randomise(pipe.transformer)
+    model.export(pipe, tmp_path / "model")
+    (tmp_path / "model" / "plans").mkdir()
+    ras.Plan((1, 1, 0, 1, 0)).save(tmp_path / "model" / "plans" / "1.5x.json")
+    monkeypatch.setattr(pareto.judge, "load_classifier", lambda: None)
+    monkeypatch.setattr(pareto.judge, "real_statistics", lambda classifier, work: None)
+    monkeypatch.setattr(ours, "SPEEDUPS", (2.0,))
+    monkeypatch.setattr(ours, "STEPS", 5)
+    arguments = ["--count=2", "--batch=2", "--device=cpu", "--model", str(tmp_path / "model")]
+    pareto.main([*arguments, "--settings=1", f"--out={tmp_path / 'out'}"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {(row["method"], row["label"]): row for row in results["rows"]}
+    assert {method for method, _ in rows} >= {"fewer steps", "RAS, paper", "RAS", "RAS, calibrated"}
+    assert not any("Cache" in method or "searched" in method for method, _ in rows)
+    assert rows["RAS, calibrated", "1.5x"]["compute"] == pytest.approx(5 / 3)
+    assert 10 < np.mean(rows["RAS", "2x"]["psnr"]) < 100
+    assert "SD3 alone" in results["notes"][0]

@@ -508,15 +508,16 @@ def test_a_straight_line_is_predicted_exactly():
         assert relative_error(held.predict(sigma, 1.0), noise(sigma)) < 1e-5
 
 
-def test_a_second_prediction_at_the_same_level_replaces_the_first():
-    """As of Heun's scheduler; before the first change and after it."""
+def test_a_second_prediction_at_the_same_level():
+    """As of Heun's scheduler: the change is from the last one before; until then, none is known."""
     v = normal(4, 1, 4, 3)
-    for values in ([(0.9, 0), (0.9, 1), (0.7, 2)], [(0.9, 1), (0.7, 3), (0.7, 2)]):
-        held = HeldNoise(v[0], extrapolates=True)
-        held_run(held, [(sigma, None, v[i]) for sigma, i in values], 0.62)
-        t0, t1, t = (position(sigma) for sigma in (0.9, 0.7, 0.4))
-        expected = v[2] + gain(abs(t - t1), abs(t1 - t0), 0.62) * (v[2] - v[1])
-        assert relative_error(held.predict(0.4, 0.62), expected) < 1e-5
+    held = HeldNoise(v[0], extrapolates=True)
+    held_run(held, [(0.95, None, v[3]), (0.9, None, v[0]), (0.9, None, v[1])], 0.62)
+    assert torch.equal(held.predict(0.4, 0.62), v[1])
+    held.merge(v[2], None, 0.7, 0.62)
+    t0, t1, t = (position(sigma) for sigma in (0.9, 0.7, 0.4))
+    expected = v[2] + gain(abs(t - t1), abs(t1 - t0), 0.62) * (v[2] - v[1])
+    assert relative_error(held.predict(0.4, 0.62), expected) < 1e-5
 
 
 def test_one_prediction_is_all_there_is_to_reuse():
