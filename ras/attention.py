@@ -24,8 +24,8 @@ class Walk:
         caches: Whether keys and values are kept, as some step computes some of the tokens.
         skip: Whether nobody walks, and all noise is that of before.
         extrapolates: Whether to keep how keys and values change.
-        gain: `(B, N, 1)`, how much of its last change is added to each image token's cached keys
-            and values, or None for nothing.
+        gain: `(B, N)` float32, how much of its last change is added to each image token's cached
+            keys and values, 0 for those that walk; or None for nothing.
         reuse_text: Whether the text stays behind where image tokens do.
     """
 
@@ -81,7 +81,8 @@ class KVCache:
                 walk in this step.
             active: `(B, k)` image tokens that walk, or None for all, which starts the cache.
             extrapolates: Whether to keep how they change.
-            gain: `(B, N, 1)`, how much of its last change is added to each other image token.
+            gain: `(B, N)` float32, how much of its last change is added to each image token, 0
+                for those that walk.
         """
         fresh_start = self._kept is None
         if active is None:
@@ -99,15 +100,13 @@ class KVCache:
         for index, cached in enumerate(self._kept):
             tokens = cached[:, : self._image_tokens]
             if extrapolates and self._changes is not None and not fresh_start:
-                write(self._changes[index], active, image[index] - read(tokens, active))
-            write(tokens, active, image[index])
+                ras_kernels.update_tokens_(tokens, self._changes[index], active, image[index])
+            else:
+                write(tokens, active, image[index])
             if text is not None:
                 cached[:, self._image_tokens :] = text[index]
-            if gain is not None and self._changes is not None and active is not None:
-                cached = cached.clone()
-                tokens = cached[:, : self._image_tokens]
-                tokens.addcmul_(self._changes[index], gain[..., None].to(cached.dtype))
-                ras_kernels.scatter_tokens_(tokens, active, image[index])
+            if gain is not None and self._changes is not None:
+                cached = ras_kernels.carry_tokens(cached, self._changes[index], gain)
             returned.append(cached)
         return returned[0], returned[1]
 

@@ -277,6 +277,7 @@ class Controller:
         gain = None
         if self.config.kv_correction and held is not None and run.rows is not None:
             gain = held.gain(run.sigma, run.extrapolation(run.step))
+            gain = None if gain is None else gain.scatter(1, run.rows.long(), 0.0)
         return Walk(
             branch,
             run.rows,

@@ -49,7 +49,7 @@ def as_mask(value: Any) -> Tensor:
 
 
 def masked_regions(mask: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
-    """The regions that a mask touches, widened by `margin` regions, `(S, k)` ascending int64.
+    """The regions that a mask touches, widened by `margin` regions, `(S, k)` ascending int32.
 
     Args:
         mask: `(S, 1, height, width)`, of any size.
@@ -67,7 +67,8 @@ def masked_regions(mask: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
         reached = F.max_pool2d(reached, 3, stride=1, padding=1)
     distance = distance.flatten(1)
     count = int((distance <= margin).sum(dim=1).max())
-    return distance.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+    nearest = distance.argsort(dim=1, stable=True)[:, :count]
+    return nearest.sort(dim=1).values.to(torch.int32)
 
 
 class MaskWatch:

@@ -24,8 +24,8 @@ class HeldNoise:
         """Room for noise of this shape and dtype; what it holds is written by `merge`."""
         self.noise = normal_empty(noise, noise.shape)
         self._change: Tensor | None = None  # (B, N, C), v1 - v0
-        self._since: Tensor | None = None  # (B, N, 1) float32, t1
-        self._gap: Tensor | None = None  # (B, N, 1) float32, t1 - t0, or 0 if there is no v0
+        self._since: Tensor | None = None  # (B, N) float32, t1
+        self._gap: Tensor | None = None  # (B, N) float32, t1 - t0, or 0 if there is no v0
         self._extrapolates = extrapolates
 
     def fits(self, noise: Tensor) -> bool:
@@ -46,21 +46,26 @@ class HeldNoise:
         """
         if not self._extrapolates and rows is not None:
             return ras_kernels.merge_noise_(self.noise, rows, fresh)
-        if self._extrapolates:
-            self._remember(fresh, rows, position(sigma))
-        write(self.noise, rows, fresh)
+        if self._extrapolates and self._change is not None:
+            self._remember(rows, position(sigma))
+            ras_kernels.update_tokens_(self.noise, self._change, rows, fresh)
+        else:
+            write(self.noise, rows, fresh)
+            if self._extrapolates:
+                self._begin(position(sigma))
         return fresh if rows is None else self.predict(sigma, extrapolation)
 
-    def _remember(self, fresh: Tensor, rows: Tensor | None, place: float) -> None:
-        """Note how the noise changes, before it is overwritten."""
-        if self._change is None or self._since is None or self._gap is None:
-            column = self.noise[..., :1].float()
-            self._change = normal_empty(self.noise, self.noise.shape).zero_()
-            self._since = normal_empty(column, column.shape).fill_(place)
-            self._gap = normal_empty(column, column.shape).zero_()
-            return
+    def _begin(self, place: float) -> None:
+        """There is a first prediction of each token, and no change yet."""
+        column = self.noise[..., 0].float()
+        self._change = normal_empty(self.noise, self.noise.shape).zero_()
+        self._since = normal_empty(column, column.shape).fill_(place)
+        self._gap = normal_empty(column, column.shape).zero_()
+
+    def _remember(self, rows: Tensor | None, place: float) -> None:
+        """Note when the tokens `rows` are predicted anew."""
+        assert self._since is not None and self._gap is not None
         since = read(self._since, rows)
-        write(self._change, rows, fresh - read(self.noise, rows))
         write(self._gap, rows, place - since)
         write(self._since, rows, torch.full_like(since, place))
 
@@ -69,10 +74,10 @@ class HeldNoise:
         gain = self.gain(sigma, extrapolation)
         if gain is None or self._change is None:
             return self.noise.clone()
-        return torch.addcmul(self.noise, self._change, gain.to(self.noise.dtype))
+        return ras_kernels.carry_tokens(self.noise, self._change, gain)
 
     def gain(self, sigma: float, extrapolation: float) -> Tensor | None:
-        """g of each token at noise level `sigma`, `(B, N, 1)` float32, or None if all are 0."""
+        """g of each token at noise level `sigma`, `(B, N)` float32, or None if all are 0."""
         if not extrapolation or self._since is None or self._gap is None:
             return None
         ahead, behind = (position(sigma) - self._since).abs(), self._gap.abs()

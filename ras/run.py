@@ -123,7 +123,7 @@ class Run:
         if self.active_counts is None or len(self.active_counts) != len(self.active):
             shape = (len(self.active), self.regions)
             self.active_counts = normal_empty(self.active, shape).zero_()
-        self.active_counts.scatter_add_(1, self.active, torch.ones_like(self.active))
+        self.active_counts.scatter_add_(1, self.active.long(), torch.ones_like(self.active))
 
     def stats(self, runs: int, warnings: tuple[str, ...]) -> Stats:
         counts = self.active_counts

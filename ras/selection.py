@@ -88,7 +88,7 @@ class Selection:
             assert self._pace is not None and self._since is not None
             scores = (self._pace * (position(sigma) - self._since).abs()).squeeze(2)
             if masked is not None:
-                scores = scores.scatter(1, masked, math.inf)
+                scores = scores.scatter(1, masked.long(), math.inf)
             ages = torch.zeros_like(scores, dtype=torch.int32)
             # With nothing to drop from the top, the highest scores are kept.
             return ras_kernels.select_regions(

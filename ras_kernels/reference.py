@@ -13,24 +13,48 @@ from torch.nn import functional as F
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    return tokens[_samples(index), index]
+    return tokens[_samples(tokens), index]
 
 
-def scatter_tokens_(tokens: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    tokens[_samples(index), index] = rows
-    return tokens
+def scatter_tokens_(tokens: Tensor, index: Tensor, rows: Tensor) -> None:
+    tokens[_samples(tokens), index] = rows
 
 
-def merge_noise_(cached: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
-    return scatter_tokens_(cached, index, fresh).clone()
+def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> None:
+    if index is None:
+        torch.sub(rows, tokens, out=changes)
+        tokens.copy_(rows)
+    else:
+        scatter_tokens_(changes, index, rows - gather_tokens(tokens, index))
+        scatter_tokens_(tokens, index, rows)
+
+
+def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
+    carried = changes.shape[1]
+    wide = gain.reshape(*gain.shape, *[1] * (tokens.ndim - 2))
+    if tokens.dtype != torch.float64:
+        tokens, changes, dtype = tokens.float(), changes.float(), tokens.dtype
+    else:
+        wide, dtype = wide.double(), tokens.dtype
+    output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
+    output[:, :carried] = torch.addcmul(tokens[:, :carried], changes, wide)
+    output[:, carried:] = tokens[:, carried:]
+    return output
 
 
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
 ) -> Tensor:
     # Query heads that share a key head are folded into the sequence, which spares the copies of
     # K and V that repeating them would make.
     heads, groups = key.shape[2], query.shape[2] // key.shape[2]
+    if key_lengths is not None:
+        key_mask = torch.arange(key.shape[1], device=key.device) < key_lengths[:, None]
     output = F.scaled_dot_product_attention(
         rearrange(query, "b k (h g) d -> b h (g k) d", h=heads),
         key.transpose(1, 2),
@@ -38,33 +62,98 @@ def sparse_attention(
         attn_mask=None if key_mask is None else key_mask[:, None, None],
         scale=scale,
     )
-    return rearrange(output, "b h (g k) d -> b k (h g) d", g=groups)
+    output = rearrange(output, "b h (g k) d -> b k (h g) d", g=groups).contiguous()
+    if key_mask is not None:  # not all of its backends agree on zeros
+        output.masked_fill_(~key_mask.any(dim=1)[:, None, None, None], 0)
+    return output
+
+
+def norm_rotary(
+    tokens: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotary: Tensor | None,
+) -> Tensor:
+    wide = tokens if tokens.dtype == torch.float64 else tokens.float()
+    if norm == "rms_norm":
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    elif norm == "layer_norm_across_heads":
+        wide = F.layer_norm(wide.flatten(2), (wide[0, 0].numel(),), eps=eps).view(wide.shape)
+    shape = tokens.shape[2:] if norm == "layer_norm_across_heads" else tokens.shape[3:]
+    wide = wide if weight is None else wide * weight.view(shape)
+    wide = wide if bias is None else wide + bias.view(shape)
+    if rotary is not None:
+        pairs = torch.view_as_complex(
+            rearrange(wide, "... (d two) -> ... d two", two=2).contiguous()
+        )
+        wide = torch.view_as_real(pairs * rotary[:, :, None]).flatten(3)
+    return wide.to(tokens.dtype)
+
+
+def norm_rotary_scatter_(
+    out: Tensor,
+    index: Tensor,
+    tokens: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotary: Tensor | None,
+) -> None:
+    scatter_tokens_(out, index, norm_rotary(tokens, norm, weight, bias, eps, rotary))
+
+
+def linear_scatter_(
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    tokens: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+) -> None:
+    for cache, weight, bias in ((key, key_weight, key_bias), (value, value_weight, value_bias)):
+        rows = F.linear(tokens, weight, bias)
+        scatter_tokens_(cache, index, rows.view(*rows.shape[:2], *cache.shape[2:]))
 
 
 def region_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
-    noise = noise.float()
+    packed, p = noise.ndim == 3, patch_size
+    noise = noise if noise.dtype == torch.float64 else noise.float()
+    noise = rearrange(noise, "b n (q c) -> b c n q", q=p**2) if packed else noise
     if metric == "std":
         spread = noise.std(dim=1, correction=0)
     else:
         spread = torch.linalg.vector_norm(noise, dim=1)
-    return reduce(spread, "b (h p) (w q) -> b (h w)", "mean", p=patch_size, q=patch_size)
+    regions = "b n q -> b n" if packed else "b (h p) (w q) -> b (h w)"
+    return reduce(spread, regions, "mean", **({} if packed else {"p": p, "q": p})).float()
+
+
+def kept_ranks(regions: int, num_active: int, high_ratio: float) -> tuple[int, float]:
+    """The lowest rank that is kept at equal ages, and the centre of those that are."""
+    dropped = regions - num_active
+    low = dropped - round(high_ratio * dropped)
+    return low, low + (num_active - 1) / 2
 
 
 def select_regions(
     scores: Tensor, ages: Tensor, num_active: int, high_ratio: float, starvation_scale: float
 ) -> tuple[Tensor, Tensor]:
     regions = scores.shape[1]
-    dropped = regions - num_active
-    centre = dropped - round(high_ratio * dropped) + (num_active - 1) / 2
+    _, centre = kept_ranks(regions, num_active, high_ratio)
+    scores = scores.float().masked_fill(scores.isnan(), torch.inf)
     by_score = scores.argsort(dim=1, stable=True)
     place = torch.arange(regions, device=scores.device).expand_as(by_score)
     rank = torch.empty_like(by_score).scatter_(1, by_score, place)
     # The logarithm of |rank - centre| * exp(-starvation_scale * age), which cannot underflow.
     urgency = (rank - centre).abs().log() - starvation_scale * ages
     active = urgency.argsort(dim=1, stable=True)[:, :num_active].sort(dim=1).values
-    return active, (ages + 1).scatter(1, active, 0)
+    return active.to(torch.int32), (ages + 1).scatter(1, active, 0)
 
 
-def _samples(index: Tensor) -> Tensor:
-    """(B, 1): each row of `index` counts in its own sample."""
-    return torch.arange(len(index), device=index.device)[:, None]
+def _samples(tokens: Tensor) -> Tensor:
+    """(B, 1): each sample's rows are its own."""
+    return torch.arange(len(tokens), device=tokens.device)[:, None]

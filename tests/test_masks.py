@@ -117,7 +117,7 @@ def test_regions_of_a_box(margin, rows, columns):
     mask = as_mask(box(32, 64, 32, 16, (128, 96)))
     rows, columns = (range(8), range(6)) if rows is None else (rows, columns)
     regions = masked_regions(mask, (8, 6), margin)
-    assert regions.dtype == torch.int64
+    assert regions.dtype == torch.int32
     assert regions.tolist() == [rows_and_columns((8, 6), rows, columns)]
 
 

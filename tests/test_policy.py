@@ -575,7 +575,7 @@ def test_drift_against_its_definition(monkeypatch):
                 chosen = selection.choose(noise, count, sigma)
                 expected = drift_scores(updates[:done], sigma)
                 assert torch.allclose(seen[-1], expected, rtol=1e-4)
-                assert chosen.dtype == torch.int64 and chosen.shape == (2, count)
+                assert chosen.dtype == torch.int32 and chosen.shape == (2, count)
                 assert (chosen.diff(dim=1) > 0).all()
                 if done > 1:  # the highest scores, ascending by place
                     best = expected.argsort(dim=1, descending=True)[:, :count]

@@ -1,0 +1,41 @@
+"""The ops' registration with PyTorch, so that `torch.compile` sees one node for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._triton import INTERPRETED, triton
+
+_LIBRARY = torch.library.Library("ras_kernels", "DEF")
+
+
+def register(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    launch: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Define the op `torch.ops.ras_kernels.<name>`, and return it.
+
+    `define` and `impl` cost less per call than `torch.library.custom_op` (see
+    `benchmarks.kernels`); arguments are checked before, by the public functions.
+
+    Args:
+        schema: Of the op, its name first; what it writes to is marked `(a!)`.
+        reference: The PyTorch definition, for all devices without a kernel.
+        launch: Launches the Triton kernel, with the same arguments.
+        fake: The shapes and dtypes of what it returns.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if triton is not None:
+        _LIBRARY.impl(name, launch, "CUDA")  # AMD's GPUs too
+    if INTERPRETED:
+        _LIBRARY.impl(name, launch, "CPU")
+    torch.library.register_fake(f"ras_kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.ras_kernels, name).default

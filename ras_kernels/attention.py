@@ -1,0 +1,315 @@
+"""Sparse-query attention: a few queries over all cached keys and values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_floats, check_same, shapes
+from ._library import register
+from ._triton import cdiv, jit, next_power_of_2, tl
+
+LOG2_E = math.log2(math.e)
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Let a few queries attend over all cached rows: `softmax(scale * Q @ K.T) @ V` per head.
+
+    Scores and sums are in float32. A query without any key to attend to gets zeros.
+
+    Args:
+        query: `(B, K, H, D)`.
+        key, value: `(B, S, G, D)`; query head `h` uses key head `h // (H / G)` (grouped-query).
+        key_mask: `(B, S)` bool, False for rows that nobody attends to.
+        key_lengths: `(B,)` int32 or int64, in its place: only the first so many rows count.
+        scale: Of the scores; `D ** -0.5` if None.
+
+    Returns:
+        `(B, K, H, D)`, contiguous, the dtype of `query`.
+    """
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        raise ValueError(
+            "query must be (B, K, H, D), and key and value both (B, S, G, D); got "
+            f"{shapes(query, key, value)}"
+        )
+    if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]) or (
+        query.shape[2] % key.shape[2]
+    ):
+        raise ValueError(
+            "query and key must agree in batch and head size, and the key's heads divide the "
+            f"query's; got {shapes(query, key)}"
+        )
+    check_floats(query=query)
+    check_same(query, key, value)
+    if key_mask is not None and key_lengths is not None:
+        raise ValueError("give key_mask or key_lengths, not both")
+    if key_mask is not None and (key_mask.shape != key.shape[:2] or key_mask.dtype != torch.bool):
+        raise ValueError(
+            f"key_mask must be bool of shape {tuple(key.shape[:2])}; got {key_mask.dtype} "
+            f"of shape {tuple(key_mask.shape)}"
+        )
+    if key_lengths is not None and (
+        key_lengths.shape != key.shape[:1] or key_lengths.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"key_lengths must be ({len(key)},), int32 or int64; got {key_lengths.dtype} of "
+            f"shape {tuple(key_lengths.shape)}"
+        )
+    for name, tensor in (("key_mask", key_mask), ("key_lengths", key_lengths)):
+        if tensor is not None and tensor.device != key.device:
+            raise ValueError(f"{name} is on {tensor.device}, key on {key.device}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _attention(query, key, value, key_mask, key_lengths, scale)
+
+
+@jit
+def _attend(
+    top,
+    total,
+    out1,
+    out2,
+    query1,
+    query2,
+    keys,
+    values,
+    mask,
+    key_n,
+    value_n,
+    mask_n,
+    first,
+    last,
+    num_keys,
+    scale,
+    SIZE: tl.constexpr,
+    SIZE1: tl.constexpr,
+    SIZE2: tl.constexpr,
+    MASKED: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Take in the keys from `first` to `last`; with TAIL, some of them may be past the end."""
+    d1 = tl.arange(0, SIZE1)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        there = n < num_keys
+        key1 = keys + n.to(tl.int64)[:, None] * key_n + d1[None, :]
+        value1 = values + n.to(tl.int64)[:, None] * value_n + d1[None, :]
+        if TAIL or SIZE1 > SIZE:
+            inside = there[:, None] & (d1 < SIZE)[None, :]
+            k1 = tl.load(key1, mask=inside, other=0.0)
+            v1 = tl.load(value1, mask=inside, other=0.0)
+        else:
+            k1 = tl.load(key1)
+            v1 = tl.load(value1)
+        scores = tl.dot(query1, tl.trans(k1), input_precision="ieee")
+        if SIZE2 > 0:
+            d2 = tl.arange(0, SIZE2)
+            key2 = keys + n.to(tl.int64)[:, None] * key_n + (SIZE1 + d2)[None, :]
+            value2 = values + n.to(tl.int64)[:, None] * value_n + (SIZE1 + d2)[None, :]
+            inside = (SIZE1 + d2 < SIZE)[None, :]
+            if TAIL:
+                inside = inside & there[:, None]
+            k2 = tl.load(key2, mask=inside, other=0.0)
+            v2 = tl.load(value2, mask=inside, other=0.0)
+            scores = tl.dot(query2, tl.trans(k2), acc=scores, input_precision="ieee")
+        scores *= scale
+        if MASKED:
+            seen = tl.load(mask + n.to(tl.int64) * mask_n, mask=there, other=0) != 0
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+        elif TAIL:
+            scores = tl.where(there[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Where all keys so far are masked, -inf - -inf would be NaN.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(weights, 1)
+        top = new_top
+        weights = weights.to(v1.dtype)
+        out1 = tl.dot(weights, v1, acc=out1 * decay[:, None], input_precision="ieee")
+        if SIZE2 > 0:
+            out2 = tl.dot(weights, v2, acc=out2 * decay[:, None], input_precision="ieee")
+    return top, total, out1, out2
+
+
+@jit
+def _attention_kernel(
+    query,
+    key,
+    value,
+    mask,
+    lengths,
+    output,
+    query_b,
+    query_m,
+    query_h,
+    key_b,
+    key_n,
+    key_h,
+    value_b,
+    value_n,
+    value_h,
+    mask_b,
+    mask_n,
+    num_queries,
+    num_keys,
+    scale,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SIZE1: tl.constexpr,
+    SIZE2: tl.constexpr,
+    MASKED: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Strides come in units of VECTOR elements: the product tells the compiler of the alignment.
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d1 = tl.arange(0, SIZE1)
+    here = (m < num_queries)[:, None]
+    row = (
+        query + (b * query_b + h * query_h) * VECTOR + (m.to(tl.int64) * query_m * VECTOR)[:, None]
+    )
+    query1 = tl.load(row + d1[None, :], mask=here & (d1 < SIZE)[None, :], other=0.0)
+    query2 = query1
+    out1 = tl.zeros([BLOCK_M, SIZE1], tl.float32)
+    out2 = out1
+    if SIZE2 > 0:
+        d2 = SIZE1 + tl.arange(0, SIZE2)
+        query2 = tl.load(row + d2[None, :], mask=here & (d2 < SIZE)[None, :], other=0.0)
+        out2 = tl.zeros([BLOCK_M, SIZE2], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    keys = key + (b * key_b + h // GROUPS * key_h) * VECTOR
+    values = value + (b * value_b + h // GROUPS * value_h) * VECTOR
+    mask += b * mask_b
+    if LENGTHS:
+        num_keys = tl.minimum(tl.load(lengths + b).to(tl.int32), num_keys)
+    whole = num_keys // BLOCK_N * BLOCK_N
+    key_n *= VECTOR
+    value_n *= VECTOR
+    top, total, out1, out2 = _attend(
+        top, total, out1, out2, query1, query2, keys, values, mask, key_n, value_n, mask_n,
+        0, whole, num_keys, scale, SIZE, SIZE1, SIZE2, MASKED, False, BLOCK_N,
+    )  # fmt: skip
+    top, total, out1, out2 = _attend(
+        top, total, out1, out2, query1, query2, keys, values, mask, key_n, value_n, mask_n,
+        whole, num_keys, num_keys, scale, SIZE, SIZE1, SIZE2, MASKED, True, BLOCK_N,
+    )  # fmt: skip
+    share = tl.where(total > 0, 1 / total, 0.0)[:, None]
+    row = output + ((b * num_queries + m) * HEADS + h)[:, None] * SIZE
+    tl.store(row + d1[None, :], out1 * share, mask=here & (d1 < SIZE)[None, :])
+    if SIZE2 > 0:
+        d2 = SIZE1 + tl.arange(0, SIZE2)
+        tl.store(row + d2[None, :], out2 * share, mask=here & (d2 < SIZE)[None, :])
+
+
+class Tile(NamedTuple):
+    """How the kernel is cut and run."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def chunks(head_size: int) -> tuple[int, int]:
+    """A head size as one power of two, or two: 72 is 64 + 16, of which 8 are masked.
+
+    `tl.dot` wants at least 16 of what it sums over.
+    """
+    whole = next_power_of_2(max(head_size, 16))
+    if whole == max(head_size, 16) or head_size < 32:
+        return whole, 0
+    return whole // 2, max(next_power_of_2(head_size - whole // 2), 16)
+
+
+def tile(head_size: int, element_size: int) -> Tile:
+    """The rule of tiles: within 99 KB of shared memory, and no more registers than there are."""
+    width = sum(chunks(head_size))
+    if element_size > 2:
+        return Tile(64, 32, 4, 2) if width <= 96 else Tile(32, 32, 4, 2)
+    if width <= 64:
+        return Tile(128, 64, 4, 3)
+    return Tile(128, 64, 8, 2)
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if query.dtype == torch.float64:
+        return reference.sparse_attention(query, key, value, key_mask, key_lengths, scale)
+    # What is read by rows has to have its elements side by side.
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    batch, num_queries, heads, size = query.shape
+    output = query.new_empty(query.shape)
+    if not output.numel():
+        return output
+    if not key.shape[1]:
+        return output.zero_()
+    block = tile(size, query.element_size())
+    size1, size2 = chunks(size)
+    strides = [stride for t in (query, key, value) for stride in t.stride()[:3]]
+    bytes_ = query.element_size()
+    starts = [t.data_ptr() // bytes_ for t in (query, key, value)]
+    vector = math.gcd(16 // bytes_, *strides, *starts)
+    _attention_kernel[cdiv(num_queries, block.queries), heads, batch](
+        query,
+        key,
+        value,
+        query if key_mask is None else key_mask,
+        query if key_lengths is None else key_lengths,
+        output,
+        *(stride // vector for stride in strides),
+        *((0, 0) if key_mask is None else key_mask.stride()),
+        num_queries,
+        key.shape[1],
+        scale * LOG2_E,
+        HEADS=heads,
+        GROUPS=heads // key.shape[2],
+        SIZE=size,
+        SIZE1=size1,
+        SIZE2=size2,
+        MASKED=key_mask is not None,
+        LENGTHS=key_lengths is not None,
+        VECTOR=vector,
+        BLOCK_M=block.queries,
+        BLOCK_N=block.keys,
+        num_warps=block.warps,
+        num_stages=block.stages,
+    )
+    return output
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+_attention = register(
+    "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, "
+    "Tensor? key_lengths, float scale) -> Tensor",
+    reference=reference.sparse_attention,
+    launch=_launch,
+    fake=_fake,
+)

@@ -1,0 +1,236 @@
+"""Tokens that are kept together with how they last changed, to be carried on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_floats, check_index, check_same, check_written, shapes
+from ._library import register
+from ._triton import jit, tl
+from .rows import Tiling, tiling
+
+
+def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
+    """Write rows in place, and beside them by how much they differ from what was there.
+
+    `changes[b, n] = rows[b, j] - tokens[b, n]; tokens[b, n] = rows[b, j]` with `n = index[b, j]`.
+
+    Args:
+        tokens: `(B, N, ...)`, written in place.
+        changes: `(B, N, ...)`, the dtype of `tokens`, written in place.
+        index: `(B, K)` or `(1, K)`, each row once per sample; None for all rows, in order.
+        rows: `(B, K, ...)`, the dtype of `tokens`.
+
+    Returns:
+        `tokens` itself.
+    """
+    check_floats(tokens=tokens)
+    if index is not None:
+        check_index(index, tokens)
+    count = tokens.shape[1] if index is None else index.shape[1]
+    if changes.shape != tokens.shape or rows.shape != (len(tokens), count, *tokens.shape[2:]):
+        raise ValueError(
+            f"changes must be {tuple(tokens.shape)} as tokens, and rows "
+            f"{(len(tokens), count, *tokens.shape[2:])}; got {shapes(changes, rows)}"
+        )
+    check_same(tokens, changes, rows)
+    check_written(tokens, "tokens")
+    check_written(changes, "changes")
+    _update(tokens, changes, index, rows)
+    return tokens
+
+
+def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
+    """Carry tokens on by a share of their last change: `tokens + gain * changes`, in float32.
+
+    Args:
+        tokens: `(B, S, ...)`; those beyond the first N stay as they are.
+        changes: `(B, N, ...)`, the dtype of `tokens`.
+        gain: `(B, N)` float32, the share of each; 0 for those that stay as they are.
+
+    Returns:
+        `(B, S, ...)`, contiguous, the dtype of `tokens`.
+    """
+    check_floats(tokens=tokens)
+    check_same(tokens, changes)
+    batch, carried = changes.shape[:2]
+    if (
+        changes.shape != (len(tokens), carried, *tokens.shape[2:])
+        or carried > tokens.shape[1]
+        or gain.shape != (batch, carried)
+    ):
+        raise ValueError(
+            "tokens must be (B, S, ...), changes (B, N, ...) with N of at most S, and gain "
+            f"(B, N); got {shapes(tokens, changes, gain)}"
+        )
+    if gain.dtype != torch.float32 or gain.device != tokens.device:
+        raise ValueError(
+            f"gain must be float32 on {tokens.device}; got {gain.dtype} on {gain.device}"
+        )
+    return _carry(tokens, changes, gain)
+
+
+@jit
+def _update_kernel(
+    tokens,
+    changes,
+    index,
+    rows,
+    tokens_b,
+    tokens_n,
+    tokens_r,
+    changes_b,
+    changes_n,
+    changes_r,
+    rows_b,
+    rows_k,
+    rows_r,
+    index_b,
+    index_k,
+    num_rows,
+    columns,  # in units of VECTOR, as the strides of what is copied
+    ALL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    width = columns * VECTOR
+    blocks = tl.cdiv(width, BLOCK_C)
+    b = tl.program_id(2).to(tl.int64)
+    r = (tl.program_id(1) // blocks).to(tl.int64)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = k < num_rows
+    k = k.to(tl.int64)
+    n = k
+    if not ALL:
+        n = tl.load(index + b * index_b + k * index_k, mask=inside, other=0).to(tl.int64)
+    both = inside[:, None] & (c < width)[None, :]
+    here = tokens + ((b * tokens_b + r * tokens_r) + n * tokens_n)[:, None] * VECTOR + c[None, :]
+    there = rows + ((b * rows_b + r * rows_r) + k * rows_k)[:, None] * VECTOR + c[None, :]
+    beside = changes + ((b * changes_b + r * changes_r) + n * changes_n)[:, None] * VECTOR
+    beside += c[None, :]
+    new = tl.load(there, mask=both)
+    old = tl.load(here, mask=both)
+    tl.store(beside, new.to(tl.float32) - old.to(tl.float32), mask=both)
+    tl.store(here, new, mask=both)
+
+
+@jit
+def _carry_kernel(
+    tokens,
+    changes,
+    gain,
+    output,
+    tokens_b,
+    tokens_n,
+    tokens_r,
+    changes_b,
+    changes_n,
+    changes_r,
+    output_b,
+    output_n,
+    output_r,
+    gain_b,
+    gain_n,
+    num_rows,
+    carried,
+    columns,  # in units of VECTOR, as the strides of what is copied
+    VECTOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    width = columns * VECTOR
+    blocks = tl.cdiv(width, BLOCK_C)
+    b = tl.program_id(2).to(tl.int64)
+    r = (tl.program_id(1) // blocks).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    within = (c < width)[None, :]
+    both = (n < num_rows)[:, None] & within
+    some = (n < carried)[:, None] & within
+    n = n.to(tl.int64)
+    here = tokens + ((b * tokens_b + r * tokens_r) + n * tokens_n)[:, None] * VECTOR + c[None, :]
+    beside = changes + ((b * changes_b + r * changes_r) + n * changes_n)[:, None] * VECTOR
+    there = output + ((b * output_b + r * output_r) + n * output_n)[:, None] * VECTOR + c[None, :]
+    share = tl.load(gain + b * gain_b + n * gain_n, mask=n < carried, other=0.0)[:, None]
+    value = tl.load(here, mask=both).to(tl.float32)
+    change = tl.load(beside + c[None, :], mask=some, other=0.0).to(tl.float32)
+    tl.store(there, value + share * change, mask=both)
+
+
+def _tiling(count: int, *tensors: Tensor) -> Tiling | None:
+    """As `tiling`, for kernels that compute, and take columns side by side."""
+    how = None if tensors[0].dtype == torch.float64 else tiling(count, *tensors)
+    return how if how is not None and all(stride == 1 for stride in how.inner) else None
+
+
+def _launch_update(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> None:
+    how = _tiling(rows.shape[1], tokens, changes, rows)
+    if how is None:
+        reference.update_tokens_(tokens, changes, index, rows)
+    elif rows.numel():
+        _update_kernel[how.grid](
+            tokens,
+            changes,
+            rows if index is None else index,
+            rows,
+            *how.strides,
+            0 if index is None or len(index) == 1 else index.stride(0),
+            0 if index is None else index.stride(1),
+            rows.shape[1],
+            how.columns,
+            ALL=index is None,
+            VECTOR=how.vector,
+            BLOCK_K=how.block_k,
+            BLOCK_C=how.block_c,
+            num_warps=4,
+        )
+
+
+def _launch_carry(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
+    output = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    how = _tiling(tokens.shape[1], tokens, changes, output)
+    if how is None:
+        return reference.carry_tokens(tokens, changes, gain)
+    if output.numel():
+        _carry_kernel[how.grid](
+            tokens,
+            changes,
+            gain,
+            output,
+            *how.strides,
+            *gain.stride(),
+            tokens.shape[1],
+            changes.shape[1],
+            how.columns,
+            VECTOR=how.vector,
+            BLOCK_K=how.block_k,
+            BLOCK_C=how.block_c,
+            num_warps=4,
+        )
+    return output
+
+
+def _fake_update(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> None:
+    return None
+
+
+def _fake_carry(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
+    return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+
+
+_update = register(
+    "update_tokens_(Tensor(a!) tokens, Tensor(b!) changes, Tensor? index, Tensor rows) -> ()",
+    reference=reference.update_tokens_,
+    launch=_launch_update,
+    fake=_fake_update,
+)
+_carry = register(
+    "carry_tokens(Tensor tokens, Tensor changes, Tensor gain) -> Tensor",
+    reference=reference.carry_tokens,
+    launch=_launch_carry,
+    fake=_fake_carry,
+)

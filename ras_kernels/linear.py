@@ -1,0 +1,232 @@
+"""Key and value projections that write straight into the rows of their caches."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_floats, check_index, check_same, check_written, shapes
+from ._library import register
+from ._triton import cdiv, jit, tl
+
+
+def linear_scatter_(
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    tokens: Tensor,
+    *,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Project tokens to keys and values, and write those into rows of the caches, in one launch.
+
+    `key[b, index[b, j]] = tokens[b, j] @ key_weight.T + key_bias`, and likewise for the value, with
+    sums in float32.
+
+    Args:
+        key, value: `(B, N, G, D)` or `(B, N, G * D)`, written in place.
+        index: `(B, K)` or `(1, K)`, each row once per sample.
+        tokens: `(B, K, C)`.
+        key_weight, value_weight: `(G * D, C)`, as of `torch.nn.Linear`.
+        key_bias, value_bias: `(G * D,)`, both or neither.
+
+    Returns:
+        `key` and `value` themselves.
+    """
+    if tokens.ndim != 3 or key.ndim not in (3, 4) or key.shape != value.shape:
+        raise ValueError(
+            "tokens must be (B, K, C), and key and value both (B, N, G, D) or (B, N, G * D); got "
+            f"{shapes(tokens, key, value)}"
+        )
+    width = math.prod(key.shape[2:])
+    check_index(index, key, "key")
+    if tokens.shape[:2] != (len(key), index.shape[1]):
+        raise ValueError(
+            f"tokens must be ({len(key)}, {index.shape[1]}, C) by key and index; got "
+            f"{shapes(tokens)}"
+        )
+    for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
+        if weight.shape != (width, tokens.shape[2]):
+            raise ValueError(
+                f"{name} must be ({width}, {tokens.shape[2]}); got {tuple(weight.shape)}"
+            )
+    if (key_bias is None) != (value_bias is None):
+        raise ValueError("give key_bias and value_bias, or neither")
+    for name, bias in (("key_bias", key_bias), ("value_bias", value_bias)):
+        if bias is not None and bias.shape != (width,):
+            raise ValueError(f"{name} must be ({width},); got {tuple(bias.shape)}")
+    biases = () if key_bias is None or value_bias is None else (key_bias, value_bias)
+    check_floats(tokens=tokens)
+    check_same(tokens, key, value, key_weight, value_weight, *biases)
+    check_written(key, "key")
+    check_written(value, "value")
+    _linear_scatter(key, value, index, tokens, key_weight, key_bias, value_weight, value_bias)
+    return key, value
+
+
+@jit
+def _linear_scatter_kernel(
+    key,
+    value,
+    index,
+    tokens,
+    key_weight,
+    value_weight,
+    key_bias,
+    value_bias,
+    key_b,
+    key_n,
+    value_b,
+    value_n,
+    tokens_b,
+    tokens_k,
+    weight_o,
+    index_b,
+    index_k,
+    num_rows,  # B * K
+    rows_per_sample,
+    outputs,  # in units of VECTOR, as all strides above but those of index
+    inputs,
+    BIAS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # Programs that run together share rows of tokens and of weights, which L2 then holds.
+    width, depth = outputs * VECTOR, inputs * VECTOR
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), 2 * tl.cdiv(width, BLOCK_N)
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_n)
+    rows_in_group = tl.minimum(tiles_m - group * GROUP, GROUP)
+    tile_m = group * GROUP + program % (GROUP * tiles_n) % rows_in_group
+    tile_n = program % (GROUP * tiles_n) // rows_in_group
+    is_value = tile_n >= tiles_n // 2
+    weight, bias, output, output_b, output_n = key_weight, key_bias, key, key_b, key_n
+    if is_value:
+        weight, bias, output = value_weight, value_bias, value
+        output_b, output_n = value_b, value_n
+        tile_n -= tiles_n // 2
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_K)
+    inside = m < num_rows
+    b, k = (m // rows_per_sample).to(tl.int64), (m % rows_per_sample).to(tl.int64)
+    x = tokens + ((b * tokens_b + k * tokens_k) * VECTOR)[:, None] + c[None, :]
+    w = weight + (o.to(tl.int64) * weight_o * VECTOR)[:, None] + c[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, depth, BLOCK_K):
+        left = (first + c < depth)[None, :]
+        x_tile = tl.load(x + first, mask=inside[:, None] & left, other=0.0)
+        w_tile = tl.load(w + first, mask=(o < width)[:, None] & left, other=0.0)
+        total = tl.dot(x_tile, tl.trans(w_tile), acc=total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + o, mask=o < width, other=0.0).to(tl.float32)[None, :]
+    n = tl.load(index + b * index_b + k * index_k, mask=inside, other=0).to(tl.int64)
+    row = output + ((b * output_b + n * output_n) * VECTOR)[:, None]
+    tl.store(row + o[None, :], total, mask=inside[:, None] & (o < width)[None, :])
+
+
+class Tile(NamedTuple):
+    """How the kernel is cut and run."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+GROUP = 8  # tiles of rows that run together
+
+
+def tile(element_size: int) -> Tile:
+    """The rule of tiles: within 64 KB of shared memory, the least that a supported chip has."""
+    return Tile(128, 128, 32, 8, 4) if element_size == 2 else Tile(64, 64, 32, 4, 2)
+
+
+def _launch(
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    tokens: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+) -> None:
+    batch, count, depth = tokens.shape
+    width = len(key_weight)
+    flat = [cache.stride()[2:] for cache in (key, value)]
+    dense = {(key.shape[3], 1)} if key.ndim == 4 else {(1,)}
+    inner = [tokens.stride(2), key_weight.stride(1), value_weight.stride(1)]
+    if (
+        tokens.dtype == torch.float64
+        or set(flat) != dense
+        or any(stride != 1 for stride in inner)
+        or key_weight.stride() != value_weight.stride()
+    ):
+        reference.linear_scatter_(
+            key, value, index, tokens, key_weight, key_bias, value_weight, value_bias
+        )
+        return
+    if not tokens.shape[0] * count * width:
+        return
+    block = tile(tokens.element_size())
+    strides = [
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *tokens.stride()[:2],
+        key_weight.stride(0),
+    ]
+    size = tokens.element_size()
+    read = (key, value, tokens, key_weight, value_weight)
+    starts = [tensor.data_ptr() // size for tensor in read]
+    vector = math.gcd(16 // size, width, depth, *strides, *starts)
+    tiles = cdiv(batch * count, block.rows) * 2 * cdiv(width, block.outputs)
+    _linear_scatter_kernel[tiles,](
+        key,
+        value,
+        index,
+        tokens,
+        key_weight,
+        value_weight,
+        tokens if key_bias is None else key_bias.contiguous(),
+        tokens if value_bias is None else value_bias.contiguous(),
+        *(stride // vector for stride in strides),
+        0 if len(index) == 1 else index.stride(0),
+        index.stride(1),
+        batch * count,
+        count,
+        width // vector,
+        depth // vector,
+        BIAS=key_bias is not None,
+        VECTOR=vector,
+        BLOCK_M=block.rows,
+        BLOCK_N=block.outputs,
+        BLOCK_K=block.inputs,
+        GROUP=GROUP,
+        num_warps=block.warps,
+        num_stages=block.stages,
+    )
+
+
+def _fake(*_: object) -> None:
+    return None
+
+
+_linear_scatter = register(
+    "linear_scatter_(Tensor(a!) key, Tensor(b!) value, Tensor index, Tensor tokens, "
+    "Tensor key_weight, Tensor? key_bias, Tensor value_weight, Tensor? value_bias) -> ()",
+    reference=reference.linear_scatter_,
+    launch=_launch,
+    fake=_fake,
+)

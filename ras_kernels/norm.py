@@ -1,0 +1,286 @@
+"""The norm of queries and keys, their rotary position and the write into the cache, in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_floats, check_rows, check_same
+from ._library import register
+from ._triton import cdiv, jit, next_power_of_2, tl
+
+NORMS = ("rms_norm", "layer_norm_across_heads")
+"""Per head, as in SD3.5, or over all heads of a token, as in Lumina-Next (diffusers' names)."""
+
+ELEMENTS = 4096  # of a program's tile
+
+
+def norm_rotary(
+    tokens: Tensor,
+    *,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    """Normalise queries or keys and turn them by their positions, in float32.
+
+    `"rms_norm"` is `x / sqrt(mean(x**2) + eps)` over each head, `"layer_norm_across_heads"` is
+    `(x - mean) / sqrt(var + eps)` over all heads of a token (population variance); weight and bias
+    follow. Then the pairs `x[2 i] + 1j * x[2 i + 1]` are multiplied by `rotary[i]`.
+
+    Args:
+        tokens: `(B, K, H, D)`.
+        norm: One of `ras_kernels.NORMS`, or None.
+        weight, bias: `(D,)`, or `(H * D,)` across heads, the dtype of `tokens`; or None.
+        eps: Of the norm.
+        rotary: `(B, K, D / 2)` or `(1, K, D / 2)`, complex64; or None.
+
+    Returns:
+        `(B, K, H, D)`, contiguous, the dtype of `tokens`.
+    """
+    _check(tokens, norm, weight, bias, rotary)
+    return _norm_rotary(tokens, norm, weight, bias, eps, rotary)
+
+
+def norm_rotary_scatter_(
+    out: Tensor,
+    index: Tensor,
+    tokens: Tensor,
+    *,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    """Write what `norm_rotary` returns into rows of a cache: `out[b, index[b, j]] = …[b, j]`.
+
+    Args:
+        out: `(B, N, H, D)`, written in place.
+        index: `(B, K)` or `(1, K)`, each row once per sample.
+        tokens, norm, weight, bias, eps, rotary: See `norm_rotary`.
+
+    Returns:
+        `out` itself.
+    """
+    _check(tokens, norm, weight, bias, rotary)
+    check_rows(out, index, tokens, "tokens")
+    _norm_rotary_scatter(out, index, tokens, norm, weight, bias, eps, rotary)
+    return out
+
+
+def _check(
+    tokens: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rotary: Tensor | None,
+) -> None:
+    if tokens.ndim != 4:
+        raise ValueError(f"tokens must be (B, K, H, D); got {tuple(tokens.shape)}")
+    if norm is not None and norm not in NORMS:
+        raise ValueError(f"norm must be None or one of {', '.join(NORMS)}; got {norm!r}")
+    check_floats(tokens=tokens)
+    heads, size = tokens.shape[2:]
+    width = heads * size if norm == "layer_norm_across_heads" else size
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if norm is None:
+            raise ValueError(f"{name} belongs to a norm, and norm is None")
+        if vector.shape != (width,):
+            raise ValueError(f"{name} must be ({width},) for {norm}; got {tuple(vector.shape)}")
+        check_same(tokens, vector)
+    if rotary is None:
+        return
+    shapes = [(batch, tokens.shape[1], size // 2) for batch in (tokens.shape[0], 1)]
+    if rotary.shape not in shapes or size % 2 or not rotary.is_complex():
+        raise ValueError(
+            f"rotary must be complex of shape {shapes[0]} or {shapes[1]}; got {rotary.dtype} of "
+            f"shape {tuple(rotary.shape)}"
+        )
+    if rotary.device != tokens.device:
+        raise ValueError(f"rotary is on {rotary.device}, tokens on {tokens.device}")
+
+
+@jit
+def _norm_rotary_kernel(
+    tokens,
+    index,
+    weight,
+    bias,
+    rotary,
+    output,
+    tokens_b,
+    tokens_k,
+    tokens_h,
+    output_b,
+    output_n,
+    output_h,
+    rotary_b,
+    rotary_k,
+    index_b,
+    index_k,
+    num_rows,
+    eps,
+    HEADS: tl.constexpr,  # that are normalised together
+    SIZE: tl.constexpr,
+    RMS: tl.constexpr,
+    LAYER: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROTARY: tl.constexpr,
+    SCATTER: tl.constexpr,
+    VECTOR: tl.constexpr,  # the strides of tokens and output come in units of it
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    WIDTH: tl.constexpr = HEADS * SIZE
+    b = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = k < num_rows
+    k = k.to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    both = inside[:, None] & (c < WIDTH)[None, :]
+    head = part * HEADS + c // SIZE
+    at = (head * tokens_h * VECTOR + c % SIZE)[None, :]
+    here = tokens + (b * tokens_b + k * tokens_k)[:, None] * VECTOR + at
+    x = tl.load(here, mask=both, other=0.0).to(tl.float32)
+    if LAYER:
+        x -= tl.sum(x, 1)[:, None] / WIDTH
+        x = tl.where(both, x, 0.0)
+    if LAYER or RMS:
+        x *= tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
+    if WEIGHT:
+        x *= tl.load(weight + c, mask=c < WIDTH, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        x += tl.load(bias + c, mask=c < WIDTH, other=0.0).to(tl.float32)[None, :]
+    if ROTARY:
+        pair = tl.arange(0, BLOCK_C // 2)
+        turn = (
+            rotary + (b * rotary_b + k * rotary_k)[:, None] * 2 + (pair % (SIZE // 2) * 2)[None, :]
+        )
+        some = inside[:, None] & (pair < WIDTH // 2)[None, :]
+        cosine = tl.load(turn, mask=some, other=0.0).to(tl.float32)
+        sine = tl.load(turn + 1, mask=some, other=0.0).to(tl.float32)
+        real, imaginary = tl.split(tl.reshape(x, (BLOCK_K, BLOCK_C // 2, 2)))
+        turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+        x = tl.reshape(turned, (BLOCK_K, BLOCK_C))
+    n = k
+    if SCATTER:
+        n = tl.load(index + b * index_b + k * index_k, mask=inside, other=0).to(tl.int64)
+    at = (head * output_h * VECTOR + c % SIZE)[None, :]
+    tl.store(output + (b * output_b + n * output_n)[:, None] * VECTOR + at, x, mask=both)
+
+
+def _run(
+    out: Tensor,
+    index: Tensor | None,
+    tokens: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotary: Tensor | None,
+) -> None:
+    tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
+    batch, count, heads, size = tokens.shape
+    if not tokens.numel():
+        return
+    parts = 1 if norm == "layer_norm_across_heads" else heads
+    block_c = next_power_of_2(heads // parts * size)
+    block_k = max(ELEMENTS // block_c, 1)
+    element = tokens.element_size()
+    strides = [*tokens.stride()[:3], *out.stride()[:3]]
+    starts = [tensor.data_ptr() // element for tensor in (tokens, out)]
+    vector = math.gcd(16 // element, size, *strides, *starts)
+    turns = (
+        tokens if rotary is None else torch.view_as_real(rotary.to(torch.complex64).contiguous())
+    )
+    _norm_rotary_kernel[cdiv(count, block_k), parts, batch](
+        tokens,
+        tokens if index is None else index,
+        tokens if weight is None else weight.contiguous(),
+        tokens if bias is None else bias.contiguous(),
+        turns,
+        out,
+        *(stride // vector for stride in strides),
+        0 if rotary is None or len(rotary) == 1 else count * (size // 2),
+        size // 2,
+        0 if index is None or len(index) == 1 else index.stride(0),
+        0 if index is None else index.stride(1),
+        count,
+        eps,
+        HEADS=heads // parts,
+        SIZE=size,
+        RMS=norm == "rms_norm",
+        LAYER=norm == "layer_norm_across_heads",
+        WEIGHT=weight is not None,
+        BIAS=bias is not None,
+        ROTARY=rotary is not None,
+        SCATTER=index is not None,
+        VECTOR=vector,
+        BLOCK_K=block_k,
+        BLOCK_C=block_c,
+        num_warps=8 if block_c > 1024 else 4,
+    )
+
+
+def _launch(
+    tokens: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotary: Tensor | None,
+) -> Tensor:
+    if tokens.dtype == torch.float64:
+        return reference.norm_rotary(tokens, norm, weight, bias, eps, rotary)
+    out = tokens.new_empty(tokens.shape)
+    _run(out, None, tokens, norm, weight, bias, eps, rotary)
+    return out
+
+
+def _launch_scatter(
+    out: Tensor,
+    index: Tensor,
+    tokens: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotary: Tensor | None,
+) -> None:
+    if tokens.dtype == torch.float64 or out.stride(3) != 1:
+        reference.norm_rotary_scatter_(out, index, tokens, norm, weight, bias, eps, rotary)
+    else:
+        _run(out, index, tokens, norm, weight, bias, eps, rotary)
+
+
+def _fake(tokens: Tensor, *_: object) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+def _fake_scatter(*_: object) -> None:
+    return None
+
+
+_OPTIONS = "str? norm, Tensor? weight, Tensor? bias, float eps, Tensor? rotary"
+_norm_rotary = register(
+    f"norm_rotary(Tensor tokens, {_OPTIONS}) -> Tensor",
+    reference=reference.norm_rotary,
+    launch=_launch,
+    fake=_fake,
+)
+_norm_rotary_scatter = register(
+    f"norm_rotary_scatter_(Tensor(a!) out, Tensor index, Tensor tokens, {_OPTIONS}) -> ()",
+    reference=reference.norm_rotary_scatter_,
+    launch=_launch_scatter,
+    fake=_fake_scatter,
+)

@@ -1,0 +1,314 @@
+"""Region scores, and the selection of the regions to compute next."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_floats, shapes
+from ._library import register
+from ._triton import cdiv, jit, tl
+
+METRICS = ("std", "l2norm")
+"""The region scores of arXiv 2502.10389, section 3."""
+
+BLOCK = 128  # regions of a program
+OTHERS = 128  # regions that it compares with at a time
+
+
+def region_scores(noise: Tensor, patch_size: int, metric: str = "std") -> Tensor:
+    """Score each region: the mean over its pixels of the noise's spread over the channels.
+
+    Args:
+        noise: Guided noise, `(B, C, height, width)`, where a region is a patch, row by row, or
+            packed, `(B, N, p * p * C)`, a region's pixels row by row with their channels together.
+        patch_size: Pixels per side of a region, p; divides height and width.
+        metric: `"std"`, the (population) standard deviation, or `"l2norm"`, the L2 norm.
+
+    Returns:
+        `(B, N)` float32 with `N = height / p * width / p`. The source is arXiv 2502.10389,
+        section 3; a constant factor has no effect on a selection.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    sides = noise.shape[2:] if noise.ndim == 4 else ()
+    area = patch_size**2
+    if noise.ndim not in (3, 4) or any(side % patch_size for side in sides):
+        raise ValueError(
+            f"noise must be (B, C, height, width) with sides that the patch size {patch_size} "
+            f"divides, or packed, (B, N, {area} * C); got {shapes(noise)}"
+        )
+    if noise.ndim == 3 and noise.shape[2] % area:
+        raise ValueError(
+            f"packed noise must be (B, N, {area} * C) for patch size {patch_size}; got "
+            f"{shapes(noise)}"
+        )
+    check_floats(noise=noise)
+    return _scores(noise, patch_size, metric)
+
+
+def select_regions(
+    scores: Tensor,
+    ages: Tensor,
+    num_active: int,
+    *,
+    high_ratio: float,
+    starvation_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Choose the regions to compute next, and count how long the others have waited.
+
+    With `r` the rank of a region's score (0 for the lowest, ties by position, NaN the highest) and
+    `c` the centre of the ranks kept when `high_ratio` of the dropped ones go from the top and the
+    rest from the bottom, the `num_active` smallest `|r - c| * exp(-starvation_scale * age)` are
+    chosen, ties by position. At equal ages that is the split of arXiv 2502.10389. No region
+    starves, whatever the scores: with `M = max(c, N - 1 - c)`, no age exceeds
+    `ceil(log(2 * M) / starvation_scale) + ceil((N - 1) / (num_active - 1))`: past the first term
+    at most one region a step that is younger by that much can go before, and every other choice
+    takes an older region out of the way.
+
+    Args:
+        scores: `(B, N)`, compared as float32.
+        ages: `(B, N)` integers: steps since a region was last computed, 0 if in the last one.
+        num_active: Regions to choose per sample, `1 <= num_active <= N`.
+        high_ratio: Share of the dropped regions that have the highest scores, in [0, 1].
+        starvation_scale: Weight of the age, at least 0; at 0 regions may starve.
+
+    Returns:
+        The chosen regions `(B, num_active)` in ascending order, int32, and the new ages `(B, N)`.
+    """
+    if scores.ndim != 2 or ages.shape != scores.shape:
+        raise ValueError(f"scores and ages must both be (B, N); got {shapes(scores, ages)}")
+    if ages.dtype not in (torch.int32, torch.int64) or ages.device != scores.device:
+        raise ValueError(
+            f"ages must be int32 or int64 on {scores.device}; got {ages.dtype} on {ages.device}"
+        )
+    check_floats(scores=scores)
+    if not 1 <= num_active <= scores.shape[1]:
+        raise ValueError(f"num_active must be from 1 to {scores.shape[1]}; got {num_active}")
+    if not 0 <= high_ratio <= 1 or not 0 <= starvation_scale < math.inf:
+        raise ValueError(
+            "high_ratio must be in [0, 1] and starvation_scale at least 0; got "
+            f"{high_ratio} and {starvation_scale}"
+        )
+    return _select(scores, ages, num_active, high_ratio, starvation_scale)
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+@jit
+def _scores_kernel(
+    noise,
+    scores,
+    noise_b,
+    region_y,
+    region_x,
+    pixel_y,
+    pixel_x,
+    noise_c,
+    regions,
+    regions_per_row,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    STD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < regions
+    y, x = (n // regions_per_row).to(tl.int64), (n % regions_per_row).to(tl.int64)
+    corner = noise + b * noise_b + y * region_y + x * region_x
+    score = tl.zeros([BLOCK], tl.float32)
+    for pixel in tl.static_range(PATCH * PATCH):
+        here = corner + pixel // PATCH * pixel_y + pixel % PATCH * pixel_x
+        mean = tl.zeros([BLOCK], tl.float32)
+        if STD:
+            for c in range(CHANNELS):
+                mean += tl.load(here + c * noise_c, mask=inside, other=0.0).to(tl.float32)
+            mean /= CHANNELS
+        squares = tl.zeros([BLOCK], tl.float32)
+        for c in range(CHANNELS):
+            value = tl.load(here + c * noise_c, mask=inside, other=0.0).to(tl.float32) - mean
+            squares += value * value
+        score += tl.sqrt(squares / CHANNELS) if STD else tl.sqrt(squares)
+    tl.store(scores + b * regions + n, score / (PATCH * PATCH), mask=inside)
+
+
+def _launch_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
+    if noise.dtype == torch.float64:
+        return reference.region_scores(noise, patch_size, metric)
+    if noise.ndim == 4:
+        batch, channels, height, width = noise.shape
+        stride_b, stride_c, stride_y, stride_x = noise.stride()
+        per_row = width // patch_size
+        regions = height // patch_size * per_row
+        region = patch_size * stride_y, patch_size * stride_x
+    else:
+        batch, regions, columns = noise.shape
+        stride_b, stride_n, stride_c = noise.stride()
+        channels, per_row = columns // patch_size**2, regions
+        stride_x, stride_y = channels * stride_c, patch_size * channels * stride_c
+        region = 0, stride_n
+    scores = noise.new_empty(batch, regions, dtype=torch.float32)
+    if scores.numel():
+        _scores_kernel[cdiv(regions, BLOCK), batch](
+            noise,
+            scores,
+            stride_b,
+            *region,
+            stride_y,
+            stride_x,
+            stride_c,
+            regions,
+            per_row,
+            CHANNELS=channels,
+            PATCH=patch_size,
+            STD=metric == "std",
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
+    return scores
+
+
+def _fake_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
+    area = patch_size**2
+    regions = noise.shape[1] if noise.ndim == 3 else noise.shape[2] * noise.shape[3] // area
+    return noise.new_empty(noise.shape[0], regions, dtype=torch.float32)
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+@jit
+def _ranks(values, n, mine, regions, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    """How many of a sample's `values` come before each of `mine`, which are at `n`."""
+    rank = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, regions, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        value = tl.load(values + other, mask=other < regions, other=float("inf")).to(tl.float32)
+        value = tl.where(value != value, float("inf"), value)
+        before = (value[None, :] < mine[:, None]) | (
+            (value[None, :] == mine[:, None]) & (other[None, :] < n[:, None])
+        )
+        rank += tl.sum(before.to(tl.int32), 1)
+    return rank
+
+
+@jit
+def _rank_kernel(
+    scores,
+    ages,
+    urgency,
+    regions,
+    low,
+    high,
+    centre,
+    scale,
+    AGED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OTHERS: tl.constexpr,
+):
+    """Each region's urgency, the least first; without ages, 0 for the chosen ones and else 1."""
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < regions
+    score = tl.load(scores + b * regions + n, mask=inside, other=0.0).to(tl.float32)
+    score = tl.where(score != score, float("inf"), score)
+    rank = _ranks(scores + b * regions, n, score, regions, BLOCK, OTHERS)
+    if AGED:
+        age = tl.load(ages + b * regions + n, mask=inside, other=0).to(tl.float32)
+        value = tl.log(tl.abs(rank.to(tl.float32) - centre)) - scale * age
+    else:
+        value = tl.where((rank >= low) & (rank < high), 0.0, 1.0)
+    tl.store(urgency + b * regions + n, value, mask=inside)
+
+
+@jit
+def _choose_kernel(urgency, chosen, regions, num_active, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    """0 for the regions of least urgency, else 1."""
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < regions
+    value = tl.load(urgency + b * regions + n, mask=inside, other=0.0)
+    rank = _ranks(urgency + b * regions, n, value, regions, BLOCK, OTHERS)
+    tl.store(chosen + b * regions + n, tl.where(rank < num_active, 0.0, 1.0), mask=inside)
+
+
+@jit
+def _list_kernel(chosen, ages, active, new_ages, regions, num_active, BLOCK: tl.constexpr):
+    """The chosen regions of a sample in ascending order, and the new ages."""
+    b = tl.program_id(0).to(tl.int64)
+    found = 0
+    for first in range(0, regions, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        inside = n < regions
+        picked = (tl.load(chosen + b * regions + n, mask=inside, other=1.0) == 0.0).to(tl.int32)
+        place = found + tl.cumsum(picked, 0) - 1
+        tl.store(active + b * num_active + place, n, mask=picked != 0)
+        age = tl.load(ages + b * regions + n, mask=inside, other=0)
+        tl.store(new_ages + b * regions + n, tl.where(picked != 0, 0, age + 1), mask=inside)
+        found += tl.sum(picked, 0)
+
+
+def _launch_select(
+    scores: Tensor, ages: Tensor, num_active: int, high_ratio: float, starvation_scale: float
+) -> tuple[Tensor, Tensor]:
+    if scores.dtype == torch.float64:
+        return reference.select_regions(scores, ages, num_active, high_ratio, starvation_scale)
+    scores, ages = scores.contiguous(), ages.contiguous()
+    batch, regions = scores.shape
+    active = scores.new_empty(batch, num_active, dtype=torch.int32)
+    new_ages = torch.empty_like(ages)
+    if not batch:
+        return active, new_ages
+    low, centre = reference.kept_ranks(regions, num_active, high_ratio)
+    grid = cdiv(regions, BLOCK), batch
+    chosen = scores.new_empty(batch, regions, dtype=torch.float32)
+    _rank_kernel[grid](
+        scores,
+        ages,
+        chosen,
+        regions,
+        low,
+        low + num_active,
+        centre,
+        starvation_scale,
+        AGED=starvation_scale > 0,
+        BLOCK=BLOCK,
+        OTHERS=OTHERS,
+        num_warps=4,
+    )
+    if starvation_scale > 0:
+        urgency, chosen = chosen, torch.empty_like(chosen)
+        _choose_kernel[grid](
+            urgency, chosen, regions, num_active, BLOCK=BLOCK, OTHERS=OTHERS, num_warps=4
+        )
+    _list_kernel[batch,](
+        chosen, ages, active, new_ages, regions, num_active, BLOCK=1024, num_warps=4
+    )
+    return active, new_ages
+
+
+def _fake_select(
+    scores: Tensor, ages: Tensor, num_active: int, high_ratio: float, starvation_scale: float
+) -> tuple[Tensor, Tensor]:
+    active = scores.new_empty(scores.shape[0], num_active, dtype=torch.int32)
+    return active, torch.empty_like(ages)
+
+
+_scores = register(
+    "region_scores(Tensor noise, int patch_size, str metric) -> Tensor",
+    reference=reference.region_scores,
+    launch=_launch_scores,
+    fake=_fake_scores,
+)
+_select = register(
+    "select_regions(Tensor scores, Tensor ages, int num_active, float high_ratio, "
+    "float starvation_scale) -> (Tensor, Tensor)",
+    reference=reference.select_regions,
+    launch=_launch_select,
+    fake=_fake_select,
+)
