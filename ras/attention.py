@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ras_kernels
 
-KeyValue = tuple[Tensor, Tensor]
+from .projections import KeyValue, Projection, Rows
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class KVCache:
 
     def update(
         self,
-        image: KeyValue,
-        text: KeyValue | None,
+        image: Rows | Projection,
+        text: Rows | Projection | None,
         active: Tensor | None,
         *,
         extrapolates: bool = False,
@@ -86,29 +86,25 @@ class KVCache:
         """
         fresh_start = self._kept is None
         if active is None:
-            self._image_tokens = image[0].shape[1]
-            text_tokens = 0 if text is None else text[0].shape[1]
-            kept = self._room(image, self._image_tokens + text_tokens)
+            self._image_tokens = image.shape[1]
+            kept = self._room(image, self._image_tokens + (0 if text is None else text.shape[1]))
             fresh_start = fresh_start or kept is not self._kept
             self._kept = kept
         assert self._kept is not None
         if extrapolates and (self._changes is None or fresh_start):
-            key = image[0]
-            shape = (key.shape[0], self._image_tokens, *key.shape[2:])
-            self._changes = normal_empty(key, shape).zero_(), normal_empty(key, shape).zero_()
-        returned = []
-        for index, cached in enumerate(self._kept):
-            tokens = cached[:, : self._image_tokens]
-            if extrapolates and self._changes is not None and not fresh_start:
-                ras_kernels.update_tokens_(tokens, self._changes[index], active, image[index])
-            else:
-                write(tokens, active, image[index])
-            if text is not None:
-                cached[:, self._image_tokens :] = text[index]
-            if gain is not None and self._changes is not None:
-                cached = ras_kernels.carry_tokens(cached, self._changes[index], gain)
-            returned.append(cached)
-        return returned[0], returned[1]
+            like, shape = image.like, (image.shape[0], self._image_tokens, *image.shape[2:])
+            self._changes = normal_empty(like, shape).zero_(), normal_empty(like, shape).zero_()
+        key, value = self._kept
+        tokens = self._image_tokens
+        changes = self._changes if extrapolates and not fresh_start else None
+        image.put((key[:, :tokens], value[:, :tokens]), changes, active)
+        if text is not None:
+            text.put((key[:, tokens:], value[:, tokens:]), None, None)
+        if gain is None or self._changes is None:
+            return key, value
+        carried = zip((key, value), self._changes)
+        key, value = (ras_kernels.carry_tokens(cache, change, gain) for cache, change in carried)
+        return key, value
 
     def clear(self) -> None:
         self._kept = self._changes = None
@@ -117,15 +113,14 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(cached.nbytes for cached in (*(self._kept or ()), *(self._changes or ())))
 
-    def _room(self, image: KeyValue, rows: int) -> KeyValue:
+    def _room(self, image: Rows | Projection, rows: int) -> KeyValue:
         """The cache as it is if `image` fits, else a new one."""
-        key = image[0]
-        shape = (key.shape[0], rows, *key.shape[2:])
+        like, shape = image.like, (image.shape[0], rows, *image.shape[2:])
         if self._kept is not None:
             old = self._kept[0]
-            if (old.shape, old.dtype, old.device) == (shape, key.dtype, key.device):
+            if (old.shape, old.dtype, old.device) == (shape, like.dtype, like.device):
                 return self._kept
-        return normal_empty(key, shape), normal_empty(key, shape)
+        return normal_empty(like, shape), normal_empty(like, shape)
 
 
 def read(kept: Tensor, rows: Tensor | None) -> Tensor:

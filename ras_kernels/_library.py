@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._triton import INTERPRETED, triton
 
@@ -34,8 +36,22 @@ def register(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if triton is not None:
-        _LIBRARY.impl(name, launch, "CUDA")  # AMD's GPUs too
+        _LIBRARY.impl(name, _on_its_device(launch), "CUDA")  # AMD's GPUs too
     if INTERPRETED:
         _LIBRARY.impl(name, launch, "CPU")
     torch.library.register_fake(f"ras_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.ras_kernels, name).default
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(launch)
+    def run(*args: Any) -> Any:
+        device = next(value.device for value in args if isinstance(value, Tensor))
+        if device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    return run

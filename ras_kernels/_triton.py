@@ -6,6 +6,7 @@ in Triton's interpreter if TRITON_INTERPRET=1 was set when this package was impo
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,15 @@ def backend(device: torch.device | str) -> str:
     kind = torch.device(device).type
     on_triton = INTERPRETED if kind == "cpu" else triton is not None and kind == "cuda"
     return "triton" if on_triton else "torch"
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The compute capability of an NVIDIA GPU, such as 90, or 0 for any other device."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def jit(function: Callable[..., Any]) -> Any:

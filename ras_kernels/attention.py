@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _triton, reference
 from ._checks import check_floats, check_same, shapes
 from ._library import register
 from ._triton import cdiv, jit, next_power_of_2, tl
@@ -240,14 +240,17 @@ def chunks(head_size: int) -> tuple[int, int]:
     return whole // 2, max(next_power_of_2(head_size - whole // 2), 16)
 
 
-def tile(head_size: int, element_size: int) -> Tile:
+def tile(head_size: int, element_size: int, architecture: int) -> Tile:
     """The rule of tiles: within 99 KB of shared memory, and no more registers than there are."""
     width = sum(chunks(head_size))
     if element_size > 2:
-        return Tile(64, 32, 4, 2) if width <= 96 else Tile(32, 32, 4, 2)
+        return Tile(64, 32, 8, 2) if width <= 96 else Tile(32, 32, 8, 2)
+    if width > 128:
+        return Tile(64, 32, 8, 2)
+    hopper = 90 <= architecture < 120  # whose matrix units work for a whole warp group
     if width <= 64:
-        return Tile(128, 64, 4, 3)
-    return Tile(128, 64, 8, 2)
+        return Tile(128, 64, 4 if hopper else 8, 3)
+    return Tile(128, 64 if hopper or width < 128 else 32, 8, 2)
 
 
 def _launch(
@@ -268,7 +271,7 @@ def _launch(
         return output
     if not key.shape[1]:
         return output.zero_()
-    block = tile(size, query.element_size())
+    block = tile(size, query.element_size(), _triton.architecture(query.device))
     size1, size2 = chunks(size)
     strides = [stride for t in (query, key, value) for stride in t.stride()[:3]]
     bytes_ = query.element_size()

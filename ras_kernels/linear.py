@@ -24,6 +24,8 @@ def linear_scatter_(
     value_weight: Tensor,
     key_bias: Tensor | None = None,
     value_bias: Tensor | None = None,
+    key_changes: Tensor | None = None,
+    value_changes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Project tokens to keys and values, and write those into rows of the caches, in one launch.
 
@@ -36,6 +38,8 @@ def linear_scatter_(
         tokens: `(B, K, C)`.
         key_weight, value_weight: `(G * D, C)`, as of `torch.nn.Linear`.
         key_bias, value_bias: `(G * D,)`, both or neither.
+        key_changes, value_changes: Of the shape of `key` and `value`, both or neither; their rows
+            are set to what was added to those of the caches.
 
     Returns:
         `key` and `value` themselves.
@@ -62,12 +66,33 @@ def linear_scatter_(
     for name, bias in (("key_bias", key_bias), ("value_bias", value_bias)):
         if bias is not None and bias.shape != (width,):
             raise ValueError(f"{name} must be ({width},); got {tuple(bias.shape)}")
+    if (key_changes is None) != (value_changes is None):
+        raise ValueError("give key_changes and value_changes, or neither")
+    written = {"key": key, "value": value}
+    for name, changes in (("key_changes", key_changes), ("value_changes", value_changes)):
+        if changes is not None:
+            written[name] = changes
+            if changes.shape != key.shape:
+                raise ValueError(
+                    f"{name} must be {tuple(key.shape)} as key; got {tuple(changes.shape)}"
+                )
     biases = () if key_bias is None or value_bias is None else (key_bias, value_bias)
     check_floats(tokens=tokens)
-    check_same(tokens, key, value, key_weight, value_weight, *biases)
-    check_written(key, "key")
-    check_written(value, "value")
-    _linear_scatter(key, value, index, tokens, key_weight, key_bias, value_weight, value_bias)
+    check_same(tokens, *written.values(), key_weight, value_weight, *biases)
+    for name, cache in written.items():
+        check_written(cache, name)
+    _linear_scatter(
+        key,
+        value,
+        key_changes,
+        value_changes,
+        index,
+        tokens,
+        key_weight,
+        key_bias,
+        value_weight,
+        value_bias,
+    )
     return key, value
 
 
@@ -75,6 +100,8 @@ def linear_scatter_(
 def _linear_scatter_kernel(
     key,
     value,
+    key_changes,
+    value_changes,
     index,
     tokens,
     key_weight,
@@ -85,6 +112,10 @@ def _linear_scatter_kernel(
     key_n,
     value_b,
     value_n,
+    key_changes_b,
+    key_changes_n,
+    value_changes_b,
+    value_changes_n,
     tokens_b,
     tokens_k,
     weight_o,
@@ -95,6 +126,7 @@ def _linear_scatter_kernel(
     outputs,  # in units of VECTOR, as all strides above but those of index
     inputs,
     BIAS: tl.constexpr,
+    CHANGES: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,9 +143,11 @@ def _linear_scatter_kernel(
     tile_n = program % (GROUP * tiles_n) // rows_in_group
     is_value = tile_n >= tiles_n // 2
     weight, bias, output, output_b, output_n = key_weight, key_bias, key, key_b, key_n
+    changes, changes_b, changes_n = key_changes, key_changes_b, key_changes_n
     if is_value:
         weight, bias, output = value_weight, value_bias, value
         output_b, output_n = value_b, value_n
+        changes, changes_b, changes_n = value_changes, value_changes_b, value_changes_n
         tile_n -= tiles_n // 2
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -131,8 +165,14 @@ def _linear_scatter_kernel(
     if BIAS:
         total += tl.load(bias + o, mask=o < width, other=0.0).to(tl.float32)[None, :]
     n = tl.load(index + b * index_b + k * index_k, mask=inside, other=0).to(tl.int64)
-    row = output + ((b * output_b + n * output_n) * VECTOR)[:, None]
-    tl.store(row + o[None, :], total, mask=inside[:, None] & (o < width)[None, :])
+    both = inside[:, None] & (o < width)[None, :]
+    row = output + ((b * output_b + n * output_n) * VECTOR)[:, None] + o[None, :]
+    if CHANGES:
+        new = total.to(output.dtype.element_ty).to(tl.float32)
+        old = tl.load(row, mask=both, other=0.0).to(tl.float32)
+        beside = changes + ((b * changes_b + n * changes_n) * VECTOR)[:, None] + o[None, :]
+        tl.store(beside, new - old, mask=both)
+    tl.store(row, total, mask=both)
 
 
 class Tile(NamedTuple):
@@ -156,6 +196,8 @@ def tile(element_size: int) -> Tile:
 def _launch(
     key: Tensor,
     value: Tensor,
+    key_changes: Tensor | None,
+    value_changes: Tensor | None,
     index: Tensor,
     tokens: Tensor,
     key_weight: Tensor,
@@ -163,38 +205,43 @@ def _launch(
     value_weight: Tensor,
     value_bias: Tensor | None,
 ) -> None:
+    caches = [key, value, key_changes, value_changes]
+    written = [cache for cache in caches if cache is not None]
+    read = [tokens, key_weight, value_weight]
     batch, count, depth = tokens.shape
     width = len(key_weight)
-    flat = [cache.stride()[2:] for cache in (key, value)]
-    dense = {(key.shape[3], 1)} if key.ndim == 4 else {(1,)}
-    inner = [tokens.stride(2), key_weight.stride(1), value_weight.stride(1)]
     if (
         tokens.dtype == torch.float64
-        or set(flat) != dense
-        or any(stride != 1 for stride in inner)
+        or any(tensor.stride(-1) != 1 for tensor in (*read, *written))
+        or any(cache.ndim == 4 and cache.stride(2) != cache.shape[3] for cache in written)
         or key_weight.stride() != value_weight.stride()
     ):
         reference.linear_scatter_(
-            key, value, index, tokens, key_weight, key_bias, value_weight, value_bias
+            key,
+            value,
+            key_changes,
+            value_changes,
+            index,
+            tokens,
+            key_weight,
+            key_bias,
+            value_weight,
+            value_bias,
         )
         return
-    if not tokens.shape[0] * count * width:
+    if not batch * count * width:
         return
     block = tile(tokens.element_size())
     strides = [
-        *key.stride()[:2],
-        *value.stride()[:2],
-        *tokens.stride()[:2],
-        key_weight.stride(0),
+        stride for cache in caches for stride in (key if cache is None else cache).stride()[:2]
     ]
+    strides += [*tokens.stride()[:2], key_weight.stride(0)]
     size = tokens.element_size()
-    read = (key, value, tokens, key_weight, value_weight)
-    starts = [tensor.data_ptr() // size for tensor in read]
+    starts = [tensor.data_ptr() // size for tensor in (*read, *written)]
     vector = math.gcd(16 // size, width, depth, *strides, *starts)
     tiles = cdiv(batch * count, block.rows) * 2 * cdiv(width, block.outputs)
     _linear_scatter_kernel[tiles,](
-        key,
-        value,
+        *(key if cache is None else cache for cache in caches),
         index,
         tokens,
         key_weight,
@@ -209,6 +256,7 @@ def _launch(
         width // vector,
         depth // vector,
         BIAS=key_bias is not None,
+        CHANGES=key_changes is not None,
         VECTOR=vector,
         BLOCK_M=block.rows,
         BLOCK_N=block.outputs,
@@ -224,8 +272,9 @@ def _fake(*_: object) -> None:
 
 
 _linear_scatter = register(
-    "linear_scatter_(Tensor(a!) key, Tensor(b!) value, Tensor index, Tensor tokens, "
-    "Tensor key_weight, Tensor? key_bias, Tensor value_weight, Tensor? value_bias) -> ()",
+    "linear_scatter_(Tensor(a!) key, Tensor(b!) value, Tensor(c!)? key_changes, "
+    "Tensor(d!)? value_changes, Tensor index, Tensor tokens, Tensor key_weight, "
+    "Tensor? key_bias, Tensor value_weight, Tensor? value_bias) -> ()",
     reference=reference.linear_scatter_,
     launch=_launch,
     fake=_fake,

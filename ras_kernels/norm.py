@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floats, check_rows, check_same
+from ._checks import check_floats, check_rows, check_same, check_written
 from ._library import register
 from ._triton import cdiv, jit, next_power_of_2, tl
 
@@ -57,6 +57,7 @@ def norm_rotary_scatter_(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     rotary: Tensor | None = None,
+    changes: Tensor | None = None,
 ) -> Tensor:
     """Write what `norm_rotary` returns into rows of a cache: `out[b, index[b, j]] = …[b, j]`.
 
@@ -64,13 +65,21 @@ def norm_rotary_scatter_(
         out: `(B, N, H, D)`, written in place.
         index: `(B, K)` or `(1, K)`, each row once per sample.
         tokens, norm, weight, bias, eps, rotary: See `norm_rotary`.
+        changes: `(B, N, H, D)`; its rows are set to what was added to those of `out`.
 
     Returns:
         `out` itself.
     """
     _check(tokens, norm, weight, bias, rotary)
     check_rows(out, index, tokens, "tokens")
-    _norm_rotary_scatter(out, index, tokens, norm, weight, bias, eps, rotary)
+    if changes is not None:
+        if changes.shape != out.shape:
+            raise ValueError(
+                f"changes must be {tuple(out.shape)} as out; got {tuple(changes.shape)}"
+            )
+        check_same(out, changes)
+        check_written(changes, "changes")
+    _norm_rotary_scatter(out, changes, index, tokens, norm, weight, bias, eps, rotary)
     return out
 
 
@@ -116,12 +125,16 @@ def _norm_rotary_kernel(
     bias,
     rotary,
     output,
+    changes,
     tokens_b,
     tokens_k,
     tokens_h,
     output_b,
     output_n,
     output_h,
+    changes_b,
+    changes_n,
+    changes_h,
     rotary_b,
     rotary_k,
     index_b,
@@ -136,7 +149,8 @@ def _norm_rotary_kernel(
     BIAS: tl.constexpr,
     ROTARY: tl.constexpr,
     SCATTER: tl.constexpr,
-    VECTOR: tl.constexpr,  # the strides of tokens and output come in units of it
+    CHANGES: tl.constexpr,
+    VECTOR: tl.constexpr,  # the strides of tokens, output and changes come in units of it
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -175,12 +189,20 @@ def _norm_rotary_kernel(
     n = k
     if SCATTER:
         n = tl.load(index + b * index_b + k * index_k, mask=inside, other=0).to(tl.int64)
-    at = (head * output_h * VECTOR + c % SIZE)[None, :]
-    tl.store(output + (b * output_b + n * output_n)[:, None] * VECTOR + at, x, mask=both)
+    there = output + (b * output_b + n * output_n)[:, None] * VECTOR
+    there += (head * output_h * VECTOR + c % SIZE)[None, :]
+    if CHANGES:
+        new = x.to(output.dtype.element_ty).to(tl.float32)
+        old = tl.load(there, mask=both, other=0.0).to(tl.float32)
+        beside = changes + (b * changes_b + n * changes_n)[:, None] * VECTOR
+        beside += (head * changes_h * VECTOR + c % SIZE)[None, :]
+        tl.store(beside, new - old, mask=both)
+    tl.store(there, x, mask=both)
 
 
 def _run(
     out: Tensor,
+    changes: Tensor | None,
     index: Tensor | None,
     tokens: Tensor,
     norm: str | None,
@@ -197,19 +219,20 @@ def _run(
     block_c = next_power_of_2(heads // parts * size)
     block_k = max(ELEMENTS // block_c, 1)
     element = tokens.element_size()
-    strides = [*tokens.stride()[:3], *out.stride()[:3]]
-    starts = [tensor.data_ptr() // element for tensor in (tokens, out)]
+    tensors = (tokens, out, out if changes is None else changes)
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    starts = [tensor.data_ptr() // element for tensor in tensors]
     vector = math.gcd(16 // element, size, *strides, *starts)
-    turns = (
-        tokens if rotary is None else torch.view_as_real(rotary.to(torch.complex64).contiguous())
-    )
+    turns = tokens
+    if rotary is not None:
+        turns = torch.view_as_real(rotary.to(torch.complex64).contiguous())
     _norm_rotary_kernel[cdiv(count, block_k), parts, batch](
         tokens,
         tokens if index is None else index,
         tokens if weight is None else weight.contiguous(),
         tokens if bias is None else bias.contiguous(),
         turns,
-        out,
+        *tensors[1:],
         *(stride // vector for stride in strides),
         0 if rotary is None or len(rotary) == 1 else count * (size // 2),
         size // 2,
@@ -225,6 +248,7 @@ def _run(
         BIAS=bias is not None,
         ROTARY=rotary is not None,
         SCATTER=index is not None,
+        CHANGES=changes is not None,
         VECTOR=vector,
         BLOCK_K=block_k,
         BLOCK_C=block_c,
@@ -243,12 +267,13 @@ def _launch(
     if tokens.dtype == torch.float64:
         return reference.norm_rotary(tokens, norm, weight, bias, eps, rotary)
     out = tokens.new_empty(tokens.shape)
-    _run(out, None, tokens, norm, weight, bias, eps, rotary)
+    _run(out, None, None, tokens, norm, weight, bias, eps, rotary)
     return out
 
 
 def _launch_scatter(
     out: Tensor,
+    changes: Tensor | None,
     index: Tensor,
     tokens: Tensor,
     norm: str | None,
@@ -257,10 +282,12 @@ def _launch_scatter(
     eps: float,
     rotary: Tensor | None,
 ) -> None:
-    if tokens.dtype == torch.float64 or out.stride(3) != 1:
-        reference.norm_rotary_scatter_(out, index, tokens, norm, weight, bias, eps, rotary)
+    options = norm, weight, bias, eps, rotary
+    apart = any(t is not None and t.stride(3) != 1 for t in (out, changes))
+    if tokens.dtype == torch.float64 or apart:
+        reference.norm_rotary_scatter_(out, changes, index, tokens, *options)
     else:
-        _run(out, index, tokens, norm, weight, bias, eps, rotary)
+        _run(out, changes, index, tokens, *options)
 
 
 def _fake(tokens: Tensor, *_: object) -> Tensor:
@@ -279,7 +306,8 @@ _norm_rotary = register(
     fake=_fake,
 )
 _norm_rotary_scatter = register(
-    f"norm_rotary_scatter_(Tensor(a!) out, Tensor index, Tensor tokens, {_OPTIONS}) -> ()",
+    "norm_rotary_scatter_(Tensor(a!) out, Tensor(b!)? changes, Tensor index, Tensor tokens, "
+    f"{_OPTIONS}) -> ()",
     reference=reference.norm_rotary_scatter_,
     launch=_launch_scatter,
     fake=_fake_scatter,

@@ -94,6 +94,7 @@ def norm_rotary(
 
 def norm_rotary_scatter_(
     out: Tensor,
+    changes: Tensor | None,
     index: Tensor,
     tokens: Tensor,
     norm: str | None,
@@ -102,12 +103,14 @@ def norm_rotary_scatter_(
     eps: float,
     rotary: Tensor | None,
 ) -> None:
-    scatter_tokens_(out, index, norm_rotary(tokens, norm, weight, bias, eps, rotary))
+    _put(out, changes, index, norm_rotary(tokens, norm, weight, bias, eps, rotary))
 
 
 def linear_scatter_(
     key: Tensor,
     value: Tensor,
+    key_changes: Tensor | None,
+    value_changes: Tensor | None,
     index: Tensor,
     tokens: Tensor,
     key_weight: Tensor,
@@ -115,9 +118,19 @@ def linear_scatter_(
     value_weight: Tensor,
     value_bias: Tensor | None,
 ) -> None:
-    for cache, weight, bias in ((key, key_weight, key_bias), (value, value_weight, value_bias)):
+    for cache, changes, weight, bias in (
+        (key, key_changes, key_weight, key_bias),
+        (value, value_changes, value_weight, value_bias),
+    ):
         rows = F.linear(tokens, weight, bias)
-        scatter_tokens_(cache, index, rows.view(*rows.shape[:2], *cache.shape[2:]))
+        _put(cache, changes, index, rows.view(*rows.shape[:2], *cache.shape[2:]))
+
+
+def _put(tokens: Tensor, changes: Tensor | None, index: Tensor, rows: Tensor) -> None:
+    if changes is None:
+        scatter_tokens_(tokens, index, rows)
+    else:
+        update_tokens_(tokens, changes, index, rows)
 
 
 def region_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:

@@ -99,8 +99,9 @@ def _copy_rows_kernel(
     both = inside[:, None] & (c < width)[None, :]
     here = tokens + ((b * tokens_b + r * tokens_r) + n * tokens_n)[:, None] * VECTOR
     there = rows + ((b * rows_b + r * rows_r) + k * rows_k)[:, None] * VECTOR
-    here += c[None, :] * tokens_c
-    there += c[None, :] * rows_c
+    wide = c.to(tl.int64)[None, :]
+    here += wide * tokens_c
+    there += wide * rows_c
     if GATHER:
         tl.store(there, tl.load(here, mask=both), mask=both)
     else:

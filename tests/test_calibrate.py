@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from pipelines import normal
-from test_models import Stop
+from runs import Stop
 from test_undo import Snapshot, check_undone
 
 import ras

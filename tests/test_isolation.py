@@ -9,7 +9,7 @@ import pytest
 import torch
 from naive import relative_error
 from pipelines import Recorder, of_sample, sd3_inputs
-from test_models import CONFIG, run
+from runs import CONFIG, run
 
 import ras
 

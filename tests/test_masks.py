@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
 from naive import relative_error
 from PIL import Image
 from pipelines import Recorder, normal, sd3_inputs
-from test_models import SCHEDULERS, run, steps_of
+from runs import SCHEDULERS, run, steps_of
 from test_undo import Snapshot, check_undone
 
 import ras

@@ -149,7 +149,7 @@ def check_inactive_rows(record, rows):
         same = (tokens == before).all(-1)
         inactive = torch.ones_like(same)
         copies = len(same) // len(active)
-        inactive.scatter_(1, active.repeat(copies, 1), False)
+        inactive.scatter_(1, active.repeat(copies, 1).long(), False)
         assert torch.equal(same, inactive), f"step {step}"
 
 

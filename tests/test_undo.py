@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchHeunDiscreteScheduler, UNet2DModel
 from pipelines import normal, sd3_inputs
-from test_models import CONFIG, LORA_LAYERS, Stop, load_lora, lora, run, stop_at
+from runs import CONFIG, LORA_LAYERS, Stop, load_lora, lora, run, stop_at
 
 import ras
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusers import LuminaNextDiT2DModel
 from diffusers.models.attention_processor import Attention, LuminaAttnProcessor2_0
-from diffusers.models.embeddings import apply_rotary_emb
-from einops import rearrange
 from torch import Tensor
 
 import ras_kernels
 
 from ..attention import RASAttnProcessor
+from ..projections import keys_and_values, queries
 from .base import Adapter
 
 
@@ -59,20 +57,25 @@ class LuminaAttnProcessor(RASAttnProcessor):
                 key_rotary_emb,
                 base_sequence_length,
             )
-        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
-        value = attn.to_v(encoder_hidden_states)
-        size = query.shape[-1] // attn.heads
-        dtype = query.dtype
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        query, key, value = (
-            rearrange(t, "b n (h d) -> b n h d", d=size) for t in (query, key, value)
+        query = queries(
+            hidden_states,
+            attn.to_q,
+            attn.heads,
+            attn.norm_q,
+            across_heads=True,
+            rotary=query_rotary_emb,
         )
-        rotate: Any = functools.partial(apply_rotary_emb, use_real=False)
-        query, key = rotate(query, query_rotary_emb), rotate(key, key_rotary_emb)
-        query, key = query.to(dtype), key.to(dtype)
+        rows = keys_and_values(
+            encoder_hidden_states,
+            attn.to_k,
+            attn.to_v,
+            attn.inner_kv_dim // query.shape[3],
+            attn.norm_k,
+            across_heads=True,
+            rotary=key_rotary_emb,
+        )
         key, value = self.cache.update(
-            (key, value), None, walk.active, extrapolates=walk.extrapolates, gain=walk.gain
+            rows, None, walk.active, extrapolates=walk.extrapolates, gain=walk.gain
         )
         scale = attn.scale
         if base_sequence_length is not None:

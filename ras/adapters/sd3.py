@@ -18,7 +18,8 @@ from torch import Tensor
 
 import ras_kernels
 
-from ..attention import KeyValue, RASAttnProcessor
+from ..attention import RASAttnProcessor
+from ..projections import Projection, Rows, keys_and_values, queries
 from .base import Adapter
 
 
@@ -70,36 +71,30 @@ class SD3AttnProcessor(RASAttnProcessor):
 
 def _image_projections(
     attn: Attention, hidden_states: Tensor, fused: bool
-) -> tuple[Tensor, KeyValue]:
+) -> tuple[Tensor, Rows | Projection]:
     if fused:  # diffusers' fused processor leaves the norms out
-        projections = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        return _heads(attn, projections, None, None)
-    projections = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-    return _heads(attn, projections, attn.norm_q, attn.norm_k)
+        return _split(attn, attn.to_qkv(hidden_states))
+    query = queries(hidden_states, attn.to_q, attn.heads, attn.norm_q)
+    return query, keys_and_values(hidden_states, attn.to_k, attn.to_v, attn.heads, attn.norm_k)
 
 
 def _text_projections(
     attn: Attention, hidden_states: Tensor, fused: bool
-) -> tuple[Tensor, KeyValue]:
+) -> tuple[Tensor, Rows | Projection]:
     if fused:
-        projections = attn.to_added_qkv(hidden_states).chunk(3, dim=-1)
-        return _heads(attn, projections, None, None)
-    layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-    projections = tuple(layer(hidden_states) for layer in layers)
-    return _heads(attn, projections, attn.norm_added_q, attn.norm_added_k)
+        return _split(attn, attn.to_added_qkv(hidden_states))
+    heads = attn.heads
+    query = queries(hidden_states, attn.add_q_proj, heads, attn.norm_added_q)
+    layers = attn.add_k_proj, attn.add_v_proj
+    return query, keys_and_values(hidden_states, *layers, heads, attn.norm_added_k)
 
 
-def _heads(
-    attn: Attention,
-    projections: tuple[Tensor, ...],
-    norm_query: torch.nn.Module | None,
-    norm_key: torch.nn.Module | None,
-) -> tuple[Tensor, KeyValue]:
-    """The query, and key and value, `(B, n, H, D)`, from their projections `(B, n, H * D)`."""
-    query, key, value = (rearrange(p, "b n (h d) -> b n h d", h=attn.heads) for p in projections)
-    query = query if norm_query is None else norm_query(query)
-    key = key if norm_key is None else norm_key(key)
-    return query, (key, value)
+def _split(attn: Attention, projected: Tensor) -> tuple[Tensor, Rows]:
+    """The query, and key and value, from one projection, `(B, n, 3 * H * D)`."""
+    query, key, value = (
+        rearrange(part, "b n (h d) -> b n h d", h=attn.heads) for part in projected.chunk(3, dim=-1)
+    )
+    return query, Rows(key, value)
 
 
 def _out(attn: Attention, output: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""From tokens to queries, and to keys and values in a cache: by fused kernels where they may be.
+
+On a GPU, kernels take the place of layers that are exactly what their class says: no hook, no
+replaced forward, a plain weight of the tokens' dtype on their device. LoRA, quantised, offloaded
+and layerwise-cast layers are called as they are, and what they return is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
+from einops import rearrange
+from torch import Tensor, nn
+
+import ras_kernels
+
+KeyValue = tuple[Tensor, Tensor]
+NORMS = {
+    (RMSNorm, False): "rms_norm",
+    (nn.LayerNorm, True): "layer_norm_across_heads",
+}
+"""What `ras_kernels` calls a norm's class, by whether it is over all heads of a token at once."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values, `(B, n, G, D)` each, of some tokens.
+
+    Attributes:
+        key, value: See above.
+        finish: What is left to be done to the keys, as `ras_kernels.norm_rotary` takes it.
+    """
+
+    key: Tensor
+    value: Tensor
+    finish: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.key.shape
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of their dtype and device."""
+        return self.key
+
+    def put(self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None) -> None:
+        """Write them to rows of the caches.
+
+        Args:
+            kept: The caches, `(B, N, G, D)`.
+            changes: Of the same shape: their rows are set to what is added to those of `kept`.
+            index: `(B, n)` rows, or None for all, in order.
+        """
+        key_changes, value_changes = (None, None) if changes is None else changes
+        if self.finish:
+            index = _all(self.key) if index is None else index
+            ras_kernels.norm_rotary_scatter_(
+                kept[0], index, self.key, **self.finish, changes=key_changes
+            )
+        else:
+            _put(kept[0], key_changes, index, self.key)
+        _put(kept[1], value_changes, index, self.value)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Keys and values that are projected straight into the caches.
+
+    Attributes:
+        tokens: `(B, n, C)`.
+        to_key, to_value: Plain layers.
+        heads: G.
+    """
+
+    tokens: Tensor
+    to_key: nn.Linear
+    to_value: nn.Linear
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        width = self.to_key.out_features
+        return (*self.tokens.shape[:2], self.heads, width // self.heads)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of their dtype and device."""
+        return self.tokens
+
+    def put(self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None) -> None:
+        """Write them to rows of the caches, see `Rows.put`."""
+        key_changes, value_changes = (None, None) if changes is None else changes
+        ras_kernels.linear_scatter_(
+            *kept,
+            _all(self.tokens) if index is None else index,
+            self.tokens,
+            key_weight=self.to_key.weight,
+            value_weight=self.to_value.weight,
+            key_bias=self.to_key.bias,
+            value_bias=self.to_value.bias,
+            key_changes=key_changes,
+            value_changes=value_changes,
+        )
+
+
+def queries(
+    tokens: Tensor,
+    layer: Any,
+    heads: int,
+    norm: Any,
+    *,
+    across_heads: bool = False,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    """Tokens projected, normalised and turned.
+
+    Args:
+        tokens: `(B, n, C)`.
+        layer: The projection.
+        heads: Into which it is split.
+        norm: The module, or None.
+        across_heads: Whether the norm is over all heads of a token at once.
+        rotary: `(B or 1, n, D / 2)`, complex, or None.
+
+    Returns:
+        `(B, n, heads, D)`.
+    """
+    return finished(layer(tokens), heads, norm, across_heads=across_heads, rotary=rotary)
+
+
+def finished(
+    projected: Tensor,
+    heads: int,
+    norm: Any,
+    *,
+    across_heads: bool = False,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    """What `queries` does after the projection, of `(B, n, heads * D)`."""
+    finish = _finish(projected, norm, across_heads, rotary)
+    if finish:
+        return ras_kernels.norm_rotary(_heads(projected, heads), **finish)
+    if norm is not None and across_heads:
+        projected = norm(projected)
+    split = _heads(projected, heads)
+    if norm is not None and not across_heads:
+        split = norm(split)
+    if rotary is None:
+        return split
+    turned: Any = apply_rotary_emb(split, rotary, use_real=False)
+    return turned.to(projected.dtype)
+
+
+def keys_and_values(
+    tokens: Tensor,
+    to_key: Any,
+    to_value: Any,
+    heads: int,
+    norm: Any,
+    *,
+    across_heads: bool = False,
+    rotary: Tensor | None = None,
+) -> Rows | Projection:
+    """Keys and values of tokens, or what is needed to make them. The arguments are `queries`'s."""
+    layers = to_key, to_value
+    if norm is None and rotary is None and all(_is_plain_linear(each, tokens) for each in layers):
+        return Projection(tokens, to_key, to_value, heads)
+    key, value = to_key(tokens), _heads(to_value(tokens), heads)
+    finish = _finish(key, norm, across_heads, rotary)
+    if finish:
+        return Rows(_heads(key, heads), value, finish)
+    return Rows(finished(key, heads, norm, across_heads=across_heads, rotary=rotary), value)
+
+
+def _finish(
+    projected: Tensor, norm: Any, across_heads: bool, rotary: Tensor | None
+) -> dict[str, Any] | None:
+    """The norm and the rotation as `ras_kernels` takes them; None where it should not do them."""
+    if not _fuses(projected) or (norm is None and rotary is None):
+        return None
+    if norm is None:
+        return {"rotary": rotary}
+    name = NORMS.get((type(norm), across_heads))
+    if name is None or not _is_plain(norm, projected):
+        return None
+    bias = getattr(norm, "bias", None)
+    return {"norm": name, "weight": norm.weight, "bias": bias, "eps": norm.eps, "rotary": rotary}
+
+
+def _fuses(tokens: Tensor) -> bool:
+    on_kernels = ras_kernels.backend(tokens.device) == "triton"
+    return on_kernels and not torch.is_autocast_enabled(tokens.device.type)
+
+
+def _is_plain_linear(layer: Any, tokens: Tensor) -> bool:
+    return type(layer) is nn.Linear and _fuses(tokens) and _is_plain(layer, tokens)
+
+
+def _is_plain(module: nn.Module, tokens: Tensor) -> bool:
+    """Whether a module does what its class says, in the tokens' dtype on their device."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not hooked and all(
+        type(weight) is nn.Parameter
+        and (weight.dtype, weight.device) == (tokens.dtype, tokens.device)
+        for weight in module.parameters(recurse=False)
+    )
+
+
+def _heads(projected: Tensor, heads: int) -> Tensor:
+    return rearrange(projected, "b n (h d) -> b n h d", h=heads)
+
+
+def _put(kept: Tensor, changes: Tensor | None, index: Tensor | None, rows: Tensor) -> None:
+    if changes is not None:
+        ras_kernels.update_tokens_(kept, changes, index, rows)
+    elif index is None:
+        kept.copy_(rows)
+    else:
+        ras_kernels.scatter_tokens_(kept, index, rows)
+
+
+def _all(tokens: Tensor) -> Tensor:
+    """An index of all rows of `(B, n, ...)`, `(1, n)`."""
+    return torch.arange(tokens.shape[1], device=tokens.device)[None]

@@ -1,0 +1,233 @@
+"""Runs that tests make of the pipelines of `pipelines.py`, and how they are checked.
+
+A run is recorded, and every call of the transformer handed to the oracle of `naive.py`, with the
+rows that `ras` chose for the sparse steps: the noise must be the same in each call.
+"""
+
+import itertools
+import math
+import warnings
+
+import naive
+import pipelines
+import torch
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
+from naive import relative_error
+from pipelines import Recorder, normal
+
+import ras
+from ras.planner import position
+
+STEPS, START, RESETS = 8, 2, (5,)
+SPARSE = [2, 3, 4, 6, 7]
+SHARES = (1, 1, 0, 1, 0, 0, 1, 0)  # a plan with skipped steps
+CONFIG = ras.RASConfig.paper(scheduler_start_step=START, error_reset_steps=RESETS)
+
+
+def run(pipe, inputs, steps=STEPS, guidance=4.0, seed=7, **call):
+    """The latents that a call gives; whatever draws random numbers draws the same ones."""
+    torch.manual_seed(seed)
+    call["generator"] = torch.Generator().manual_seed(seed)
+    return pipe(**inputs, num_inference_steps=steps, guidance_scale=guidance, **call).images
+
+
+def check(record, oracle, sparse=SPARSE, planned=None, order=1):
+    """Every call's noise is the oracle's, and the rows of each sparse step were used."""
+    calls = list(naive.replay(oracle, record, sparse, planned, order))
+    assert {c["after"] // order for c in record.calls} >= set(sparse)
+    for n, (noise, expected) in enumerate(calls):
+        assert relative_error(noise, expected) < 1e-5, f"call {n} of {len(calls)}"
+
+
+def check_run(monkeypatch, pipe, inputs, oracle=None, config=CONFIG, **call):
+    """A recorded run with `ras`, checked, and its statistics."""
+    record = Recorder(monkeypatch, pipe)
+    oracle = oracle or naive.NaiveSD3(pipe.transformer)
+    with ras.enabled(pipe, config):
+        run(pipe, inputs, **call)
+        stats = ras.stats(pipe)
+    check(record, oracle)
+    assert (stats.steps_dense, stats.steps_sparse) == (STEPS - len(SPARSE), len(SPARSE))
+    return record
+
+
+def fresh(inputs, config=CONFIG, **call):
+    """What a pipeline gives that was made and enabled for this one call."""
+    pipe = pipelines.sd3()
+    with ras.enabled(pipe, config):
+        return run(pipe, inputs(pipe), **call)
+
+
+def steps_of(pipe):
+    stats = ras.stats(pipe)
+    return stats.steps_dense, stats.steps_sparse
+
+
+def lumina_oracle(pipe, height, width, watershed=1.0):
+    side = pipe.transformer.config.sample_size
+    return naive.NaiveLumina(
+        pipe.transformer,
+        base_length=(side * 8 // 16) ** 2,
+        factor=math.sqrt(height * width / side**2),
+        watershed=watershed,
+    )
+
+
+LORA_LAYERS = [
+    "context_embedder",
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.to_k",
+    "transformer_blocks.0.attn.to_v",
+    "transformer_blocks.1.attn.add_k_proj",
+    "transformer_blocks.1.attn.to_out.0",
+    "transformer_blocks.2.ff.net.0.proj",
+    "norm_out.linear",
+    "proj_out",
+]
+
+
+def lora(transformer, seed, rank=4):
+    """A LoRA's state dict, and what it adds to each weight."""
+    state, deltas = {}, {}
+    for n, name in enumerate(LORA_LAYERS):
+        layer = transformer.get_submodule(name)
+        a = normal(rank, layer.in_features, seed=seed + n, scale=layer.in_features**-0.5)
+        b = normal(layer.out_features, rank, seed=seed - n, scale=rank**-0.5)
+        state[f"transformer.{name}.lora_A.weight"] = a
+        state[f"transformer.{name}.lora_B.weight"] = b
+        deltas[f"{name}.weight"] = b @ a
+    return state, deltas
+
+
+def load_lora(pipe, state, name="style", **options):
+    """Load a copy: an in-place swap would write into the tensors that were loaded before."""
+    state = {key: weight.clone() for key, weight in state.items()}
+    pipe.load_lora_weights(state, adapter_name=name, **options)
+
+
+FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+
+
+SCHEDULERS = {
+    "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "euler-dynamic": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    "euler-stochastic": lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    "heun": lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
+    "lcm": lambda: FlowMatchLCMScheduler(shift=3.0),
+    "dpm-multistep": lambda: DPMSolverMultistepScheduler(**FLOW),
+    "dpm-multistep-3": lambda: DPMSolverMultistepScheduler(**FLOW, solver_order=3),
+    "dpm-sde": lambda: DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"),
+    "dpm-singlestep": lambda: DPMSolverSinglestepScheduler(**FLOW),
+    "unipc": lambda: UniPCMultistepScheduler(**FLOW),
+    "deis": lambda: DEISMultistepScheduler(**FLOW),
+    "sa-solver": lambda: SASolverScheduler(**FLOW),
+}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step_to_stop):
+    def stop(pipe, step, t, tensors):
+        if step == step_to_stop:
+            raise Stop
+        return tensors
+
+    return stop
+
+
+def run_noting_warnings(pipe, inputs, **call):
+    """The result, and the RAS warnings' texts."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run(pipe, inputs, **call)
+    return result, [str(w.message) for w in caught if issubclass(w.category, ras.RASWarning)]
+
+
+def by_keyword(transformer, latents, text, pooled, t):
+    return transformer(
+        hidden_states=latents,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=t,
+        return_dict=False,
+    )[0]
+
+
+def by_position(transformer, latents, text, pooled, t):
+    return transformer(latents, text, pooled, t).sample
+
+
+def loop(
+    transformer,
+    scheduler,
+    inputs,
+    steps=STEPS,
+    guidance=4.0,
+    step=None,
+    call=by_keyword,
+    separate=False,
+):
+    """Sampling by hand, with one call of the transformer for both branches or with two."""
+    text = torch.cat([inputs["negative_prompt_embeds"], inputs["prompt_embeds"]])
+    pooled = torch.cat([inputs["negative_pooled_prompt_embeds"], inputs["pooled_prompt_embeds"]])
+    step = step or (lambda noise, t, x: scheduler.step(noise, t, x, return_dict=False)[0])
+    scheduler.set_timesteps(steps)
+    latents = inputs["latents"]
+    for t in scheduler.timesteps:
+        if separate:
+            parts = list(zip(text.chunk(2), pooled.chunk(2)))
+            noise = [call(transformer, latents, *part, t.expand(len(latents))) for part in parts]
+            without, given = noise
+        else:
+            both = torch.cat([latents, latents])
+            without, given = call(transformer, both, text, pooled, t.expand(len(both))).chunk(2)
+        latents = step(without + guidance * (given - without), t, latents)
+    return latents
+
+
+def levels(steps, shift=3.0):
+    """A run's noise levels, that of the end included."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    return tuple(scheduler.sigmas.tolist())
+
+
+def gain(ahead, behind, extrapolation):
+    """g of one token: the formula at the top of `ras/reuse.py`."""
+    if not ahead or not behind:
+        return 0.0
+    h = 1 + math.log2(1 + extrapolation)
+    return ((ahead + behind) ** h - ahead**h - behind**h) / (2 * behind**h)
+
+
+def patch_of(noise, sample, region, width, p=2):
+    y, x = divmod(region, width // p)
+    return noise[sample, :, y * p : (y + 1) * p, x * p : (x + 1) * p]
+
+
+def drift_scores(updates, sigma, width=6):
+    """Each region's last two guided noises: how much they differ, at that pace until now."""
+    samples, regions = len(updates[0][2]), updates[0][2][0, 0].numel() // 4
+    scores = torch.zeros(samples, regions)
+    for s, r in itertools.product(range(samples), range(regions)):
+        seen = [
+            (position(level), patch_of(noise, s, r, width))
+            for level, rows, noise in updates
+            if rows is None or r in rows[s].tolist()
+        ]
+        if len(seen) > 1:
+            (t0, v0), (t1, v1) = seen[-2:]
+            pace = (v1 - v0).square().mean().sqrt() / abs(t1 - t0)
+            scores[s, r] = pace * abs(position(sigma) - t1)
+    return scores

@@ -1,0 +1,179 @@
+"""What is reused: extrapolated noise, and the choice by drift, against loops per token."""
+
+import itertools
+
+import pytest
+import torch
+from naive import relative_error
+from pipelines import normal
+from runs import drift_scores, gain
+
+import ras
+import ras_kernels
+from ras.planner import position
+from ras.reuse import HeldNoise
+from ras.selection import Selection
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
+    pytest.mark.usefixtures("no_gradients"),
+]
+
+
+# --- reuse ----------------------------------------------------------------------------------------
+
+
+def held_run(held, updates, extrapolation):
+    """Merge `(sigma, rows, noise of all tokens)` one after another: what comes out each time."""
+    merged = []
+    for sigma, rows, noise in updates:
+        fresh = noise if rows is None else ras_kernels.gather_tokens(noise, rows)
+        merged.append(held.merge(fresh, rows, sigma, extrapolation).clone())
+    return merged
+
+
+def token_by_token(updates, extrapolation):
+    """The same, token by token: each one's last two predictions and when they were."""
+    batch, tokens, _ = updates[0][2].shape
+    latest, merged = {}, []
+    for sigma, rows, noise in updates:
+        t, out = position(sigma), torch.zeros_like(noise)
+        for b, n in itertools.product(range(batch), range(tokens)):
+            if rows is None or n in rows[b].tolist():
+                _, past = latest.get((b, n), (None, None))
+                latest[b, n] = (noise[b, n], t), latest.get((b, n), (None, None))[0] or past
+            (v1, t1), past = latest[b, n]
+            out[b, n] = v1
+            if past is not None:
+                v0, t0 = past
+                out[b, n] += gain(abs(t - t1), abs(t1 - t0), extrapolation) * (v1 - v0)
+        merged.append(out)
+    return merged
+
+
+def some_updates(batch=2, tokens=5, channels=3):
+    """Two dense updates, then tokens of their own for each sample, one of them never again."""
+    rows = [None, None, [[0, 3], [1, 2]], [[0, 1], [2, 3]], [[2, 3], [0, 1]], None, [[0], [4]]]
+    sigmas = (0.97, 0.9, 0.74, 0.6, 0.35, 0.3, 0.1)
+    return [
+        (sigma, None if row is None else torch.tensor(row), normal(batch, tokens, channels, seed=i))
+        for i, (sigma, row) in enumerate(zip(sigmas, rows))
+    ]
+
+
+@pytest.mark.parametrize("extrapolation", [-0.5, 0.3, 0.62, 1.0, 3.0])
+def test_reuse_is_the_formula_token_by_token(extrapolation):
+    updates = some_updates()
+    held = HeldNoise(updates[0][2], extrapolates=True)
+    for merged, expected in zip(
+        held_run(held, updates, extrapolation), token_by_token(updates, extrapolation)
+    ):
+        assert relative_error(merged, expected) < 1e-5
+    for (sigma, rows, noise), merged in zip(updates, held_run(held, updates, extrapolation)):
+        if rows is not None:  # what was computed comes out as it was
+            fresh = [ras_kernels.gather_tokens(each, rows) for each in (noise, merged)]
+            assert torch.equal(*fresh), sigma
+
+
+def test_reuse_between_updates():
+    """`predict` alone changes nothing that is kept."""
+    updates = some_updates()[:4]
+    held = HeldNoise(updates[0][2], extrapolates=True)
+    held_run(held, updates, 0.62)
+    nobody = torch.zeros(2, 0, dtype=torch.int64)
+    for sigma in (0.5, 0.2, 0.5):
+        at = [*updates, (sigma, nobody, updates[0][2])]
+        expected = token_by_token(at, 0.62)[-1]
+        assert relative_error(held.predict(sigma, 0.62), expected) < 1e-5
+
+
+@pytest.mark.parametrize("extrapolates", [False, True])
+def test_held_noise_is_a_copy_to_the_bit(extrapolates):
+    updates = some_updates()
+    held = HeldNoise(updates[0][2], extrapolates=extrapolates)
+    latest = torch.zeros_like(updates[0][2])
+    for (_, rows, noise), merged in zip(updates, held_run(held, updates, 0.0)):
+        for b in range(2):
+            at = slice(None) if rows is None else rows[b]
+            latest[b, at] = noise[b, at]
+        assert torch.equal(merged, latest)
+    assert torch.equal(held.predict(0.05, 0.0), latest)
+    assert held.predict(0.05, 0.0) is not held.noise
+
+
+def test_a_straight_line_is_predicted_exactly():
+    base, slope = normal(2, 4, 3, seed=1), normal(2, 4, 3, seed=2)
+
+    def noise(sigma):
+        return base + slope * position(sigma)
+
+    held = HeldNoise(base, extrapolates=True)
+    rows = torch.tensor([[0, 2], [1, 3]])
+    held_run(held, [(s, r, noise(s)) for s, r in ((0.95, None), (0.8, None), (0.7, rows))], 1.0)
+    for sigma in (0.6, 0.4, 0.1):
+        assert relative_error(held.predict(sigma, 1.0), noise(sigma)) < 1e-5
+
+
+def test_a_second_prediction_at_the_same_level():
+    """As of Heun's scheduler: the change is from the last one before; until then, none is known."""
+    v = normal(4, 1, 4, 3)
+    held = HeldNoise(v[0], extrapolates=True)
+    held_run(held, [(0.95, None, v[3]), (0.9, None, v[0]), (0.9, None, v[1])], 0.62)
+    assert torch.equal(held.predict(0.4, 0.62), v[1])
+    held.merge(v[2], None, 0.7, 0.62)
+    t0, t1, t = (position(sigma) for sigma in (0.9, 0.7, 0.4))
+    expected = v[2] + gain(abs(t - t1), abs(t1 - t0), 0.62) * (v[2] - v[1])
+    assert relative_error(held.predict(0.4, 0.62), expected) < 1e-5
+
+
+def test_one_prediction_is_all_there_is_to_reuse():
+    held = HeldNoise(normal(1, 4, 3), extrapolates=True)
+    held.merge(normal(1, 4, 3), None, 1.0, 0.62)
+    assert torch.equal(held.predict(0.5, 0.62), normal(1, 4, 3))
+
+
+# --- drift ----------------------------------------------------------------------------------------
+
+
+def guided(seed):
+    return normal(2, 3, 4, 6, seed=seed)  # of 2 x 3 regions of 2 x 2 pixels
+
+
+def test_drift_against_its_definition(monkeypatch):
+    rows = torch.tensor([[0, 4], [2, 3]])
+    updates = [(0.95, None, guided(0)), (0.8, None, guided(1)), (0.6, rows, guided(2))]
+    seen = []
+    select = ras_kernels.select_regions
+
+    def recorded(scores, ages, count, **options):
+        seen.append(scores.clone())
+        return select(scores, ages, count, **options)
+
+    monkeypatch.setattr(ras_kernels, "select_regions", recorded)
+    selection = Selection(ras.RASConfig(), 2)
+    for done in range(1, 4):
+        level, active, noise = updates[done - 1]
+        selection.observe(noise, active, level)
+        for sigma in (0.5, 0.1):
+            for count in (1, 2, 5, 6):
+                chosen = selection.choose(noise, count, sigma)
+                expected = drift_scores(updates[:done], sigma)
+                assert torch.allclose(seen[-1], expected, rtol=1e-4)
+                assert chosen.dtype == torch.int32 and chosen.shape == (2, count)
+                assert (chosen.diff(dim=1) > 0).all()
+                if done > 1:  # the highest scores, ascending by place
+                    best = expected.argsort(dim=1, descending=True)[:, :count]
+                    assert torch.equal(chosen, best.sort(dim=1).values)
+
+
+def test_masked_regions_come_first():
+    selection = Selection(ras.RASConfig(), 2)
+    selection.observe(guided(0), None, 0.9)
+    selection.observe(guided(1), None, 0.8)
+    scores = drift_scores([(0.9, None, guided(0)), (0.8, None, guided(1))], 0.5)
+    low = scores.argsort(dim=1)[:, :2].sort(dim=1).values
+    chosen = selection.choose(guided(1), 3, 0.5, low)
+    for s in range(2):
+        best = scores[s].argmax().item()
+        assert set(chosen[s].tolist()) == {*low[s].tolist(), best}
+    assert torch.equal(selection.choose(guided(1), 2, 0.5, low), low)
