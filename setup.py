@@ -32,7 +32,15 @@ setup(
     ],
     extras_require={
         "bench": ["cache-dit>=1.3", "matplotlib>=3.9"],
-        "dev": ["accelerate>=1.0", "matplotlib>=3.9", "mypy", "peft>=0.17", "pytest>=8", "ruff"],
+        "dev": [
+            "accelerate>=1.0",
+            "hypothesis>=6",
+            "matplotlib>=3.9",
+            "mypy",
+            "peft>=0.17",
+            "pytest>=8",
+            "ruff",
+        ],
     },
     entry_points={"console_scripts": ["ras = ras.cli:main"]},
 )

@@ -34,14 +34,16 @@ def check_index(index: Tensor, tokens: Tensor, name: str = "tokens") -> None:
             )
 
 
-def check_rows(tokens: Tensor, index: Tensor, rows: Tensor, name: str = "rows") -> None:
+def check_rows(
+    tokens: Tensor, index: Tensor, rows: Tensor, names: tuple[str, str] = ("tokens", "rows")
+) -> None:
     """Rows `(B, K, ...)` for the places `index` in `tokens`, which are to be written."""
-    check_index(index, tokens)
+    check_index(index, tokens, names[0])
     expected = (tokens.shape[0], index.shape[1], *tokens.shape[2:])
     if rows.shape != expected:
-        raise ValueError(f"{name} must be {expected}; got {tuple(rows.shape)}")
-    check_same(tokens, rows)
-    check_written(tokens, "tokens")
+        raise ValueError(f"{names[1]} must be {expected}; got {tuple(rows.shape)}")
+    check_same(**dict(zip(names, (tokens, rows))))
+    check_written(tokens, names[0])
 
 
 def check_written(tensor: Tensor, name: str) -> None:
@@ -60,12 +62,11 @@ def check_floats(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be float32, float16 or bfloat16; it is {tensor.dtype}")
 
 
-def check_same(*tensors: Tensor) -> None:
+def check_same(**tensors: Tensor) -> None:
     """One dtype and one device."""
-    kinds = {(t.dtype, t.device) for t in tensors}
-    if len(kinds) > 1:
-        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"tensors must have one dtype and one device; got {found}")
+    if len({(t.dtype, t.device) for t in tensors.values()}) > 1:
+        found = ", ".join(f"{name} is {t.dtype} on {t.device}" for name, t in tensors.items())
+        raise ValueError(f"{found}; they must have one dtype and one device")
 
 
 def shapes(*tensors: Tensor) -> str:

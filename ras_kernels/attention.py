@@ -45,14 +45,14 @@ def sparse_attention(
             f"{shapes(query, key, value)}"
         )
     if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]) or (
-        query.shape[2] % key.shape[2]
+        not key.shape[2] or query.shape[2] % key.shape[2]
     ):
         raise ValueError(
             "query and key must agree in batch and head size, and the key's heads divide the "
             f"query's; got {shapes(query, key)}"
         )
     check_floats(query=query)
-    check_same(query, key, value)
+    check_same(query=query, key=key, value=value)
     if key_mask is not None and key_lengths is not None:
         raise ValueError("give key_mask or key_lengths, not both")
     if key_mask is not None and (key_mask.shape != key.shape[:2] or key_mask.dtype != torch.bool):

@@ -27,6 +27,8 @@ def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: 
         `tokens` itself.
     """
     check_floats(tokens=tokens)
+    if tokens.ndim < 2:
+        raise ValueError(f"tokens must be (B, N, ...); got {shapes(tokens)}")
     if index is not None:
         check_index(index, tokens)
     count = tokens.shape[1] if index is None else index.shape[1]
@@ -35,7 +37,7 @@ def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: 
             f"changes must be {tuple(tokens.shape)} as tokens, and rows "
             f"{(len(tokens), count, *tokens.shape[2:])}; got {shapes(changes, rows)}"
         )
-    check_same(tokens, changes, rows)
+    check_same(tokens=tokens, changes=changes, rows=rows)
     check_written(tokens, "tokens")
     check_written(changes, "changes")
     _update(tokens, changes, index, rows)
@@ -54,12 +56,13 @@ def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
         `(B, S, ...)`, contiguous, the dtype of `tokens`.
     """
     check_floats(tokens=tokens)
-    check_same(tokens, changes)
-    batch, carried = changes.shape[:2]
+    check_same(tokens=tokens, changes=changes)
+    carried = changes.shape[1] if min(tokens.ndim, changes.ndim) > 1 else 0
     if (
-        changes.shape != (len(tokens), carried, *tokens.shape[2:])
+        min(tokens.ndim, changes.ndim) < 2
+        or changes.shape != (len(tokens), carried, *tokens.shape[2:])
         or carried > tokens.shape[1]
-        or gain.shape != (batch, carried)
+        or gain.shape != (len(tokens), carried)
     ):
         raise ValueError(
             "tokens must be (B, S, ...), changes (B, N, ...) with N of at most S, and gain "

@@ -76,9 +76,11 @@ def linear_scatter_(
                 raise ValueError(
                     f"{name} must be {tuple(key.shape)} as key; got {tuple(changes.shape)}"
                 )
-    biases = () if key_bias is None or value_bias is None else (key_bias, value_bias)
     check_floats(tokens=tokens)
-    check_same(tokens, *written.values(), key_weight, value_weight, *biases)
+    read = {"key_weight": key_weight, "value_weight": value_weight}
+    if key_bias is not None and value_bias is not None:
+        read |= {"key_bias": key_bias, "value_bias": value_bias}
+    check_same(tokens=tokens, **written, **read)
     for name, cache in written.items():
         check_written(cache, name)
     _linear_scatter(

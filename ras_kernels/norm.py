@@ -44,7 +44,7 @@ def norm_rotary(
         `(B, K, H, D)`, contiguous, the dtype of `tokens`.
     """
     _check(tokens, norm, weight, bias, rotary)
-    return _norm_rotary(tokens, norm, weight, bias, eps, rotary)
+    return _norm_rotary(tokens, norm, weight, bias, eps, _pairs(rotary))
 
 
 def norm_rotary_scatter_(
@@ -71,16 +71,22 @@ def norm_rotary_scatter_(
         `out` itself.
     """
     _check(tokens, norm, weight, bias, rotary)
-    check_rows(out, index, tokens, "tokens")
+    check_rows(out, index, tokens, ("out", "tokens"))
     if changes is not None:
         if changes.shape != out.shape:
             raise ValueError(
                 f"changes must be {tuple(out.shape)} as out; got {tuple(changes.shape)}"
             )
-        check_same(out, changes)
+        check_same(out=out, changes=changes)
         check_written(changes, "changes")
-    _norm_rotary_scatter(out, changes, index, tokens, norm, weight, bias, eps, rotary)
+    options = norm, weight, bias, eps, _pairs(rotary)
+    _norm_rotary_scatter(out, changes, index, tokens, *options)
     return out
+
+
+def _pairs(rotary: Tensor | None) -> Tensor | None:
+    """Real and imaginary parts: Inductor takes no complex tensors beside what an op writes to."""
+    return None if rotary is None else torch.view_as_real(rotary.resolve_conj())
 
 
 def _check(
@@ -104,7 +110,7 @@ def _check(
             raise ValueError(f"{name} belongs to a norm, and norm is None")
         if vector.shape != (width,):
             raise ValueError(f"{name} must be ({width},) for {norm}; got {tuple(vector.shape)}")
-        check_same(tokens, vector)
+        check_same(**{"tokens": tokens, name: vector})
     if rotary is None:
         return
     shapes = [(batch, tokens.shape[1], size // 2) for batch in (tokens.shape[0], 1)]
@@ -162,7 +168,7 @@ def _norm_rotary_kernel(
     k = k.to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     both = inside[:, None] & (c < WIDTH)[None, :]
-    head = part * HEADS + c // SIZE
+    head = (part * HEADS + c // SIZE).to(tl.int64)
     at = (head * tokens_h * VECTOR + c % SIZE)[None, :]
     here = tokens + (b * tokens_b + k * tokens_k)[:, None] * VECTOR + at
     x = tl.load(here, mask=both, other=0.0).to(tl.float32)
@@ -225,7 +231,7 @@ def _run(
     vector = math.gcd(16 // element, size, *strides, *starts)
     turns = tokens
     if rotary is not None:
-        turns = torch.view_as_real(rotary.to(torch.complex64).contiguous())
+        turns = rotary.float().contiguous()
     _norm_rotary_kernel[cdiv(count, block_k), parts, batch](
         tokens,
         tokens if index is None else index,

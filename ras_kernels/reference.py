@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    return tokens[_samples(tokens), index]
+    return tokens[_samples(tokens), index].contiguous()
 
 
 def scatter_tokens_(tokens: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -80,16 +80,18 @@ def norm_rotary(
     if norm == "rms_norm":
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     elif norm == "layer_norm_across_heads":
-        wide = F.layer_norm(wide.flatten(2), (wide[0, 0].numel(),), eps=eps).view(wide.shape)
+        wide = F.layer_norm(wide.flatten(2), (wide.shape[2] * wide.shape[3],), eps=eps).view(
+            wide.shape
+        )
     shape = tokens.shape[2:] if norm == "layer_norm_across_heads" else tokens.shape[3:]
     wide = wide if weight is None else wide * weight.view(shape)
     wide = wide if bias is None else wide + bias.view(shape)
     if rotary is not None:
-        pairs = torch.view_as_complex(
-            rearrange(wide, "... (d two) -> ... d two", two=2).contiguous()
-        )
+        pairs = torch.complex(wide[..., ::2], wide[..., 1::2])
+        if not rotary.is_complex():  # of shape (B, K, D / 2, 2)
+            rotary = torch.view_as_complex(rotary)
         wide = torch.view_as_real(pairs * rotary[:, :, None]).flatten(3)
-    return wide.to(tokens.dtype)
+    return wide.to(tokens.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def norm_rotary_scatter_(
@@ -164,7 +166,7 @@ def select_regions(
     # The logarithm of |rank - centre| * exp(-starvation_scale * age), which cannot underflow.
     urgency = (rank - centre).abs().log() - starvation_scale * ages
     active = urgency.argsort(dim=1, stable=True)[:, :num_active].sort(dim=1).values
-    return active.to(torch.int32), (ages + 1).scatter(1, active, 0)
+    return active.to(torch.int32), (ages + 1).contiguous().scatter(1, active, 0)
 
 
 def _samples(tokens: Tensor) -> Tensor:

@@ -34,8 +34,10 @@ def region_scores(noise: Tensor, patch_size: int, metric: str = "std") -> Tensor
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
-    sides = noise.shape[2:] if noise.ndim == 4 else ()
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1; got {patch_size}")
     area = patch_size**2
+    sides = noise.shape[2:] if noise.ndim == 4 else ()
     if noise.ndim not in (3, 4) or any(side % patch_size for side in sides):
         raise ValueError(
             f"noise must be (B, C, height, width) with sides that the patch size {patch_size} "
@@ -123,15 +125,23 @@ def _scores_kernel(
     corner = noise + b * noise_b + y * region_y + x * region_x
     score = tl.zeros([BLOCK], tl.float32)
     for pixel in tl.static_range(PATCH * PATCH):
-        here = corner + pixel // PATCH * pixel_y + pixel % PATCH * pixel_x
+        here = corner + tl.cast(pixel // PATCH, tl.int64) * pixel_y
+        here += tl.cast(pixel % PATCH, tl.int64) * pixel_x
         mean = tl.zeros([BLOCK], tl.float32)
         if STD:
             for c in range(CHANNELS):
-                mean += tl.load(here + c * noise_c, mask=inside, other=0.0).to(tl.float32)
+                mean += tl.load(here + tl.cast(c, tl.int64) * noise_c, mask=inside, other=0.0).to(
+                    tl.float32
+                )
             mean /= CHANNELS
         squares = tl.zeros([BLOCK], tl.float32)
         for c in range(CHANNELS):
-            value = tl.load(here + c * noise_c, mask=inside, other=0.0).to(tl.float32) - mean
+            value = (
+                tl.load(here + tl.cast(c, tl.int64) * noise_c, mask=inside, other=0.0).to(
+                    tl.float32
+                )
+                - mean
+            )
             squares += value * value
         score += tl.sqrt(squares / CHANNELS) if STD else tl.sqrt(squares)
     tl.store(scores + b * regions + n, score / (PATCH * PATCH), mask=inside)
@@ -261,7 +271,7 @@ def _launch_select(
     scores, ages = scores.contiguous(), ages.contiguous()
     batch, regions = scores.shape
     active = scores.new_empty(batch, num_active, dtype=torch.int32)
-    new_ages = torch.empty_like(ages)
+    new_ages = ages.new_empty(ages.shape)
     if not batch:
         return active, new_ages
     low, centre = reference.kept_ranks(regions, num_active, high_ratio)
@@ -296,7 +306,7 @@ def _fake_select(
     scores: Tensor, ages: Tensor, num_active: int, high_ratio: float, starvation_scale: float
 ) -> tuple[Tensor, Tensor]:
     active = scores.new_empty(scores.shape[0], num_active, dtype=torch.int32)
-    return active, torch.empty_like(ages)
+    return active, ages.new_empty(ages.shape)
 
 
 _scores = register(

@@ -60,7 +60,9 @@ def merge_noise_(cached: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
     Returns:
         `(B, N, C)`, the merged noise, which shares no memory with `cached`.
     """
-    return scatter_tokens_(cached, index, fresh).clone()
+    check_rows(cached, index, fresh, ("cached", "fresh"))
+    _scatter(cached, index, fresh)
+    return cached.clone()
 
 
 @jit

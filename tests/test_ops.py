@@ -1,11 +1,14 @@
 """The ops of `ras_kernels` against plain loops and float64, in every dtype and with odd strides."""
 
 import math
+import runpy
 
 import pytest
 import torch
+from test_kernels import COMPUTED
 
 import ras_kernels
+from ras_kernels import _checks
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -80,7 +83,7 @@ def attention(query, key, value, mask, scale):
     return out
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", COMPUTED)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("size", [64, 72, 96, 128])
 @pytest.mark.parametrize("masked, scale", [(False, None), (True, 0.3)])
@@ -97,7 +100,7 @@ def test_attention(dtype, heads, kv_heads, size, masked, scale):
     assert error < 8 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", COMPUTED)
 @pytest.mark.parametrize("metric", ras_kernels.METRICS)
 @pytest.mark.parametrize("patch, height, width", [(2, 6, 4), (1, 3, 5), (3, 3, 9)])
 def test_region_scores(dtype, metric, patch, height, width):
@@ -229,39 +232,203 @@ def test_the_published_rule_breaks_the_bound(high_ratio):
 
 # --- wrong arguments ------------------------------------------------------------------------------
 
-X = torch.zeros(2, 6, 3)
-I = torch.zeros(2, 2, dtype=torch.int64)  # noqa: E741
-Q, K = torch.zeros(1, 2, 4, 8), torch.zeros(1, 5, 2, 8)
-S, A = torch.zeros(1, 6), torch.zeros(1, 6, dtype=torch.int32)
+INDEX = torch.tensor([[0, 2], [5, 1]])
+
+
+def x(*shape, seed=0):
+    return normal(*shape, seed=seed, dtype=torch.float32)
+
+
+def right():
+    """Arguments that each op takes."""
+    cache = {"index": INDEX, "tokens": x(2, 2, 3, 4)}
+    norm = {"norm": "rms_norm", "weight": x(4), "bias": x(4), "rotary": torch.ones(1, 2, 2) + 1j}
+    projections = {
+        f"{name}_{part}": x(*shape)
+        for name in ("key", "value")
+        for part, shape in (("weight", (8, 3)), ("bias", (8,)), ("changes", (2, 6, 2, 4)))
+    }
+    return {
+        "gather_tokens": {"tokens": x(2, 6, 3), "index": INDEX},
+        "scatter_tokens_": {"tokens": x(2, 6, 3), "index": INDEX, "rows": x(2, 2, 3)},
+        "merge_noise_": {"cached": x(2, 6, 3), "index": INDEX, "fresh": x(2, 2, 3)},
+        "update_tokens_": {
+            "tokens": x(2, 6, 3),
+            "changes": x(2, 6, 3),
+            "index": INDEX,
+            "rows": x(2, 2, 3, seed=1),
+        },
+        "carry_tokens": {"tokens": x(2, 6, 3), "changes": x(2, 5, 3), "gain": x(2, 5)},
+        "sparse_attention": {"query": x(2, 2, 4, 8), "key": x(2, 5, 2, 8), "value": x(2, 5, 2, 8)},
+        "region_scores": {"noise": x(2, 3, 4, 4), "patch_size": 2},
+        "select_regions": {
+            "scores": x(2, 6),
+            "ages": torch.zeros(2, 6, dtype=torch.int32),
+            "num_active": 3,
+            "high_ratio": 0.3,
+            "starvation_scale": 1.0,
+        },
+        "norm_rotary": {"tokens": x(2, 2, 3, 4), **norm},
+        "norm_rotary_scatter_": {"out": x(2, 6, 3, 4), "changes": x(2, 6, 3, 4), **cache, **norm},
+        "linear_scatter_": {
+            "key": x(2, 6, 2, 4),
+            "value": x(2, 6, 2, 4),
+            "index": INDEX,
+            "tokens": x(2, 2, 3),
+            **projections,
+        },
+    }
+
+
+@pytest.mark.parametrize("name", right())
+def test_right_arguments_are_taken(name):
+    getattr(ras_kernels, name)(**right()[name])
+
+
+TAKEN = {
+    ("gather_tokens", "float16"),
+    ("gather_tokens", "int16"),
+    ("region_scores", "float16"),
+    ("region_scores", "meta"),
+    ("select_regions", "scores", "float16"),
+}
+
+
+def other_kinds(name):
+    """Each of an op's tensors in another dtype and on another device, where that is wrong."""
+    tensors = {a: t for a, t in right()[name].items() if isinstance(t, torch.Tensor)}
+    for argument, tensor in tensors.items():
+        for kind in ("float16", "int16", "meta"):
+            if argument == "index" or (tensor.is_complex() and kind != "meta"):
+                continue
+            if (name, kind) not in TAKEN and (name, argument, kind) not in TAKEN:
+                wrong = tensor.to("meta" if kind == "meta" else getattr(torch, kind))
+                yield name, {argument: wrong}, rf"\b({'|'.join(tensors)})\b.*{kind}"
+
+
+def indices(name):
+    """What is wrong with an index, whichever op takes it."""
+    into = next(iter(right()[name]))
+    return [
+        (name, {"index": INDEX.float()}, "index .*int32.*float32"),
+        (name, {"index": INDEX[0]}, r"index .*\(B, K\).*\(2,\)"),
+        (name, {"index": INDEX.repeat(2, 1)}, rf"{into}\b.*index .*\(1, K\).*\(4, 2\)"),
+        (name, {"index": INDEX + 1}, r"index .*\[0, 6\).* 6"),
+        (name, {"index": INDEX - 1}, r"index .*\[0, 6\).* -1"),
+        (name, {"index": INDEX.to("meta")}, "index .*meta.*cpu"),
+        (name, {into: x(2)}, rf"\b{into}\b.*\(2,\)"),
+    ]
+
+
+def expanded(name, argument):
+    value = right()[name][argument]
+    return name, {argument: value[:1].expand_as(value)}, rf"\b{argument}\b.*expanded"
+
+
+LAYER_NORM = "layer_norm_across_heads"
 
 
 @pytest.mark.parametrize(
-    "call, said",
+    "name, wrong, said",
     [
-        (lambda: ras_kernels.gather_tokens(X, I.float()), "float32"),
-        (lambda: ras_kernels.gather_tokens(X, I[0]), r"\(2,\)"),
-        (lambda: ras_kernels.gather_tokens(X, I[:0]), r"\(0, 2\)"),
-        (lambda: ras_kernels.gather_tokens(X, I + 6), "6"),
-        (lambda: ras_kernels.gather_tokens(X, I - 1), "-1"),
-        (lambda: ras_kernels.gather_tokens(X, I.to("meta")), "meta"),
-        (lambda: ras_kernels.scatter_tokens_(X, I, X), r"\(2, 2, 3\)"),
-        (lambda: ras_kernels.scatter_tokens_(X, I, X[:, :2].half()), "float16"),
-        (lambda: ras_kernels.merge_noise_(X, I, X[:, :3]), r"\(2, 3, 3\)"),
-        (lambda: ras_kernels.sparse_attention(Q, K, K[:, :4]), r"\(1, 4, 2, 8\)"),
-        (lambda: ras_kernels.sparse_attention(Q[:, :, :3], K, K), r"\(1, 2, 3, 8\)"),
-        (lambda: ras_kernels.sparse_attention(Q.half(), K, K), "float16"),
-        (lambda: ras_kernels.sparse_attention(Q, K, K, key_mask=torch.ones(1, 5)), "float32"),
-        (lambda: ras_kernels.region_scores(X[None], 4, "std"), "patch size 4"),
-        (lambda: ras_kernels.region_scores(X[None], 1, "entropy"), "entropy"),
-        (lambda: ras_kernels.select_regions(S, A, 7, high_ratio=0, starvation_scale=0), "7"),
-        (lambda: ras_kernels.select_regions(S, A, 0, high_ratio=0, starvation_scale=0), "0"),
-        (lambda: ras_kernels.select_regions(S, A, 3, high_ratio=2, starvation_scale=0), "2"),
-        (lambda: ras_kernels.select_regions(S, A, 3, high_ratio=0, starvation_scale=-1), "-1"),
-        (lambda: ras_kernels.select_regions(S, A[:, :5], 3, high_ratio=0, starvation_scale=1), "5"),
+        *(case for name in right() for case in other_kinds(name)),
+        *(case for name, one in right().items() if "index" in one for case in indices(name)),
+        ("scatter_tokens_", {"rows": x(2, 3, 3)}, r"rows .*\(2, 2, 3\).*\(2, 3, 3\)"),
+        ("scatter_tokens_", {"rows": x(1, 2, 3)}, r"rows .*\(2, 2, 3\).*\(1, 2, 3\)"),
+        expanded("scatter_tokens_", "tokens"),
+        ("merge_noise_", {"fresh": x(2, 3, 3)}, r"fresh .*\(2, 2, 3\).*\(2, 3, 3\)"),
+        expanded("merge_noise_", "cached"),
+        ("update_tokens_", {"changes": x(2, 5, 3)}, r"changes .*\(2, 6, 3\).*\(2, 5, 3\)"),
+        ("update_tokens_", {"rows": x(2, 3, 3)}, r"rows .*\(2, 2, 3\).*\(2, 3, 3\)"),
+        ("update_tokens_", {"index": None}, r"rows .*\(2, 6, 3\).*\(2, 2, 3\)"),
+        ("update_tokens_", {"index": None, "tokens": x(2)}, r"tokens .*\(2,\)"),
+        expanded("update_tokens_", "tokens"),
+        expanded("update_tokens_", "changes"),
+        ("carry_tokens", {"changes": x(2, 7, 3), "gain": x(2, 7)}, r"changes .*\(2, 7, 3\)"),
+        ("carry_tokens", {"changes": x(2, 5, 4)}, r"changes .*\(2, 5, 4\)"),
+        ("carry_tokens", {"changes": x(2)}, r"changes .*\(2,\)"),
+        ("carry_tokens", {"tokens": x(2), "changes": x(2)}, r"tokens .*\(2,\)"),
+        ("carry_tokens", {"gain": x(2, 6)}, r"gain .*\(2, 6\)"),
+        ("sparse_attention", {"query": x(2, 4, 8)}, r"query .*\(2, 4, 8\)"),
+        ("sparse_attention", {"value": x(2, 4, 2, 8)}, r"value .*\(2, 4, 2, 8\)"),
+        ("sparse_attention", {"query": x(2, 2, 3, 8)}, r"query .*\(2, 2, 3, 8\)"),
+        ("sparse_attention", {"query": x(1, 2, 4, 8)}, r"query .*\(1, 2, 4, 8\)"),
+        ("sparse_attention", {"query": x(2, 2, 4, 6)}, r"query .*\(2, 2, 4, 6\)"),
+        (
+            "sparse_attention",
+            {"key": x(2, 5, 0, 8), "value": x(2, 5, 0, 8)},
+            r"key\b.*\(2, 5, 0, 8\)",
+        ),
+        ("sparse_attention", {"key_mask": x(2, 5)}, "key_mask .*bool.*float32"),
+        ("sparse_attention", {"key_mask": x(2, 4) > 0}, r"key_mask .*\(2, 5\).*\(2, 4\)"),
+        ("sparse_attention", {"key_mask": (x(2, 5) > 0).to("meta")}, "key_mask .*meta"),
+        ("sparse_attention", {"key_lengths": x(2)}, "key_lengths .*int32.*float32"),
+        ("sparse_attention", {"key_lengths": INDEX[:1, 0]}, r"key_lengths .*\(2,\).*\(1,\)"),
+        ("sparse_attention", {"key_lengths": INDEX[0].to("meta")}, "key_lengths .*meta"),
+        (
+            "sparse_attention",
+            {"key_mask": x(2, 5) > 0, "key_lengths": INDEX[0]},
+            "key_mask or key_lengths",
+        ),
+        ("region_scores", {"patch_size": 3}, r"patch size 3.*\(2, 3, 4, 4\)"),
+        ("region_scores", {"patch_size": 0}, "patch_?.?size.* 0"),
+        ("region_scores", {"noise": x(2, 3)}, r"noise .*\(2, 3\)"),
+        ("region_scores", {"noise": x(2, 3, 6)}, r"noise .*4 \* C.*\(2, 3, 6\)"),
+        ("region_scores", {"metric": "entropy"}, "metric .*std, l2norm.*entropy"),
+        ("select_regions", {"scores": x(6)}, r"scores .*\(6,\)"),
+        ("select_regions", {"ages": INDEX}, r"ages .*\(2, 6\).*\(2, 2\)"),
+        ("select_regions", {"num_active": 7}, "num_active .*6.*7"),
+        ("select_regions", {"num_active": 0}, "num_active .*1.*0"),
+        ("select_regions", {"high_ratio": 2.0}, "high_ratio .*2.0"),
+        ("select_regions", {"high_ratio": math.nan}, "high_ratio .*nan"),
+        ("select_regions", {"starvation_scale": -1.0}, "starvation_scale .*-1"),
+        ("select_regions", {"starvation_scale": math.inf}, "starvation_scale .*inf"),
+        ("norm_rotary", {"tokens": x(2, 2, 12)}, r"tokens .*\(B, K, H, D\).*\(2, 2, 12\)"),
+        ("norm_rotary", {"norm": "batch_norm"}, "norm .*rms_norm.*batch_norm"),
+        ("norm_rotary", {"norm": None}, "weight .*norm"),
+        ("norm_rotary", {"norm": None, "weight": None}, "bias .*norm"),
+        ("norm_rotary", {"norm": LAYER_NORM}, r"weight .*\(12,\).*\(4,\)"),
+        ("norm_rotary", {"bias": x(3)}, r"bias .*\(4,\).*\(3,\)"),
+        ("norm_rotary", {"rotary": torch.ones(1, 3, 2) + 1j}, r"rotary .*\(2, 2, 2\).*\(1, 3, 2\)"),
+        ("norm_rotary", {"rotary": x(1, 2, 2)}, "rotary .*complex.*float32"),
+        (
+            "norm_rotary",
+            {"tokens": x(2, 2, 3, 5), "weight": x(5), "bias": x(5)},
+            r"rotary .*\(1, 2, 2\)",
+        ),
+        (
+            "norm_rotary_scatter_",
+            {"tokens": x(2, 2, 4, 4)},
+            r"tokens .*\(2, 2, 3, 4\).*\(2, 2, 4, 4\)",
+        ),
+        ("norm_rotary_scatter_", {"changes": x(2, 5, 3, 4)}, r"changes .*\(2, 5, 3, 4\)"),
+        expanded("norm_rotary_scatter_", "out"),
+        expanded("norm_rotary_scatter_", "changes"),
+        ("linear_scatter_", {"tokens": x(2, 2)}, r"tokens .*\(B, K, C\).*\(2, 2\)"),
+        ("linear_scatter_", {"tokens": x(2, 3, 3)}, r"tokens .*\(2, 2, C\).*\(2, 3, 3\)"),
+        ("linear_scatter_", {"value": x(2, 6, 8)}, r"value .*\(2, 6, 8\)"),
+        ("linear_scatter_", {"key_weight": x(8, 4)}, r"key_weight .*\(8, 3\).*\(8, 4\)"),
+        ("linear_scatter_", {"value_weight": x(9, 3)}, r"value_weight .*\(8, 3\).*\(9, 3\)"),
+        ("linear_scatter_", {"key_bias": x(9)}, r"key_bias .*\(8,\).*\(9,\)"),
+        ("linear_scatter_", {"value_bias": None}, "key_bias and value_bias"),
+        ("linear_scatter_", {"key_changes": None}, "key_changes and value_changes"),
+        ("linear_scatter_", {"value_changes": x(2, 6, 8)}, r"value_changes .*\(2, 6, 8\)"),
+        *(
+            expanded("linear_scatter_", argument)
+            for argument in ("key", "value", "key_changes", "value_changes")
+        ),
     ],
 )
-def test_wrong_arguments_are_named(call, said):
-    before = X.clone()
+def test_wrong_arguments_are_named_before_anything_is_written(name, wrong, said):
+    arguments = {**right()[name], **wrong}
+    tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor) and not t.is_meta]
+    before = [tensor.clone() for tensor in tensors]
     with pytest.raises(ValueError, match=said):
-        call()
-    assert torch.equal(X, before)
+        getattr(ras_kernels, name)(**arguments)
+    assert all(map(torch.equal, tensors, before))
+
+
+@pytest.mark.parametrize("setting, checked", [("1", True), ("0", False), ("", False)])
+def test_a_switch_has_indices_checked_on_gpus(monkeypatch, setting, checked):
+    monkeypatch.setenv("RAS_KERNELS_CHECK_INDICES", setting)
+    assert runpy.run_path(_checks.__file__)["CHECKS_INDICES"] is checked

@@ -1,0 +1,37 @@
+"""Without a GPU the kernels run in Triton's interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ras_kernels import _triton
+
+ROOT = Path(__file__).parents[1]
+
+CODE = """
+import sys
+import pytest
+import ras_kernels
+assert ras_kernels.backend("cpu") == "triton"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests run compiled kernels")
+@pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(_triton.INTERPRETED, reason="the tests run in the interpreter already")
+@pytest.mark.parametrize("file", ["test_kernels.py", "test_library.py", "test_ops.py"])
+def test_the_kernels_pass_in_the_interpreter(file):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, f"tests/{file}"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
