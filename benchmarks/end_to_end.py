@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -32,6 +31,8 @@ from diffusers import (
 
 import ras
 import ras_kernels
+
+from .timing import device_name
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -197,12 +198,6 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     chances = [math.comb(n, i) / 2**n for i in range(n)]
     rank = max((i for i in range(n // 2) if 2 * sum(chances[: i + 1]) <= 0.05), default=0)
     return ordered[rank], ordered[n - 1 - rank]
-
-
-def device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -230,27 +230,30 @@ class Tile(NamedTuple):
 
 
 def chunks(head_size: int) -> tuple[int, int]:
-    """A head size as one power of two, or two: 72 is 64 + 16, of which 8 are masked.
+    """A head size as one power of two, or up to 128 two: 72 is 64 + 16, of which 8 are masked.
 
     `tl.dot` wants at least 16 of what it sums over.
     """
     whole = next_power_of_2(max(head_size, 16))
-    if whole == max(head_size, 16) or head_size < 32:
+    if whole == max(head_size, 16) or not 32 < head_size <= 128:
         return whole, 0
     return whole // 2, max(next_power_of_2(head_size - whole // 2), 16)
 
 
 def tile(head_size: int, element_size: int, architecture: int) -> Tile:
-    """The rule of tiles: within 99 KB of shared memory, and no more registers than there are."""
+    """The rule of tiles: within 99 KB of shared memory, and no more registers than there are.
+
+    `python -m benchmarks.compiled` tells what they take up on each chip.
+    """
     width = sum(chunks(head_size))
     if element_size > 2:
-        return Tile(64, 32, 8, 2) if width <= 96 else Tile(32, 32, 8, 2)
+        return Tile(64, 32, 8, 2) if width <= 96 else Tile(32, 32 if width <= 128 else 16, 8, 2)
     if width > 128:
         return Tile(64, 32, 8, 2)
-    hopper = 90 <= architecture < 120  # whose matrix units work for a whole warp group
     if width <= 64:
-        return Tile(128, 64, 4 if hopper else 8, 3)
-    return Tile(128, 64 if hopper or width < 128 else 32, 8, 2)
+        # Hopper's matrix units work for warp groups of 4, which share a tile's 128 rows of scores.
+        return Tile(128, 64, 4 if architecture == 90 else 8, 3 if width == 64 else 2)
+    return Tile(128, 64 if 90 <= architecture < 120 or width < 128 else 32, 8, 2)
 
 
 def _launch(

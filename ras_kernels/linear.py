@@ -190,9 +190,14 @@ class Tile(NamedTuple):
 GROUP = 8  # tiles of rows that run together
 
 
-def tile(element_size: int) -> Tile:
-    """The rule of tiles: within 64 KB of shared memory, the least that a supported chip has."""
-    return Tile(128, 128, 32, 8, 4) if element_size == 2 else Tile(64, 64, 32, 4, 2)
+def tile(element_size: int, vector: int) -> Tile:
+    """The rule of tiles: within 64 KB of shared memory, the least that a supported chip has.
+
+    Elements that are read one by one (`vector` 1) take more registers for their addresses.
+    """
+    if element_size == 2:
+        return Tile(128, 128 if vector > 1 else 64, 32, 8, 4)
+    return Tile(64, 64, 32, 4, 2)
 
 
 def _launch(
@@ -233,7 +238,6 @@ def _launch(
         return
     if not batch * count * width:
         return
-    block = tile(tokens.element_size())
     strides = [
         stride for cache in caches for stride in (key if cache is None else cache).stride()[:2]
     ]
@@ -241,6 +245,7 @@ def _launch(
     size = tokens.element_size()
     starts = [tensor.data_ptr() // size for tensor in (*read, *written)]
     vector = math.gcd(16 // size, width, depth, *strides, *starts)
+    block = tile(size, vector)
     tiles = cdiv(batch * count, block.rows) * 2 * cdiv(width, block.outputs)
     _linear_scatter_kernel[tiles,](
         *(key if cache is None else cache for cache in caches),

@@ -15,7 +15,7 @@ from ._triton import cdiv, jit, tl
 METRICS = ("std", "l2norm")
 """The region scores of arXiv 2502.10389, section 3."""
 
-BLOCK = 128  # regions of a program
+BLOCK = 32  # regions of a program
 OTHERS = 128  # regions that it compares with at a time
 
 

@@ -14,7 +14,7 @@ from ._library import register
 from ._triton import cdiv, jit, next_power_of_2, tl
 
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-ELEMENTS = 4096  # of a program's tile
+ELEMENTS = 2048  # of a program's tile
 WIDEST = 1024  # elements of a row in a tile
 GRID = 65535  # programs along the second and the third axis, at most
 

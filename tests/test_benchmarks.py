@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import ras
-from benchmarks import elsewhere, end_to_end, inpainting, judge, plans, scenes, train
+from benchmarks import elsewhere, end_to_end, inpainting, judge, kernels, plans, scenes, train
+from benchmarks.jobs import JOBS, LUMINA, SD3, prepare
 
 
 def test_end_to_end(capsys):
@@ -100,3 +101,53 @@ def test_judge(monkeypatch, capsys):
     monkeypatch.setattr(judge, "HELD_OUT", range(40_000_000, 40_000_004))
     judge.main(["--count=1", "--batch=1"])
     assert "RAS" in capsys.readouterr().out
+
+
+def test_kernels(tmp_path, capsys):
+    """All jobs at a toy size: every way agrees with ours, and is timed and reported."""
+    kernels.main(["--tiny", "--out", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.glob("*.png"))) == len(JOBS)
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert table in capsys.readouterr().out and "say nothing" in table
+    results = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
+    assert {row["op"] for row in results["rows"]} == set(JOBS)
+    failed = {row["way"] for row in results["rows"] if "error" in row}
+    assert failed <= {"SDPA, cuDNN", "SDPA, efficient", "SDPA, flash"}  # which a CPU may lack
+    assert all(f"| **{kernels.OURS}** | " in line for line in table.splitlines() if "**ras" in line)
+
+
+def test_a_way_that_fails_or_differs_is_told_from_the_others(monkeypatch):
+    job = prepare("region_scores", kernels.TINY_SHAPES[0], "cpu")
+
+    ours = job.ours
+
+    def broken():
+        raise RuntimeError("no kernel\nat all")
+
+    ways = {"broken": kernels.Way(broken), "wrong": kernels.Way(lambda: ours.run() + 1)}
+    job = job._replace(plain={**ways, "right": ours})
+    monkeypatch.setattr(kernels, "prepare", lambda *_: job)
+    rows = kernels.time_job(kernels.Timer("cpu", 0.001), "region_scores", kernels.TINY_SHAPES[0])
+    errors = {row["way"]: row.get("error") for row in rows}
+    assert errors["broken"] == "RuntimeError: no kernel" and errors["right"] is None
+    assert errors["wrong"].startswith("differs by ")
+
+
+def test_kernels_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernels, "code", lambda name: [f"code for {name}"])
+    kernels.main(["--chip", "A100"])
+    said = capsys.readouterr().out
+    assert said.count("not measured") == 1 and "code for A100" in said
+    assert all("measured" in line for line in said.splitlines() if line.startswith("# "))
+
+
+def test_floors_of_known_jobs():
+    """The report on kernels that the shapes come from has these by hand."""
+    projection = prepare("linear_scatter_", SD3(1024, 0.5), "meta")
+    assert projection.flops == pytest.approx(38.7e9, rel=0.01)
+    attention = prepare("sparse_attention", SD3(1024, 0.5), "meta")
+    assert attention.flops == pytest.approx(129.6e9, rel=0.01)
+    assert attention.bytes == pytest.approx(84e6, rel=0.01)
+    assert prepare("gather_tokens", LUMINA(1024, 0.25), "meta").bytes == pytest.approx(18.9e6, 0.01)

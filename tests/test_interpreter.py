@@ -21,13 +21,22 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
+WHOLE_RUNS = [  # with projections into the cache; with norms too; rotary, with grouped queries
+    "test_models.py::test_batch[sizes0-1]",
+    "test_models.py::test_batch[sizes1-1]",
+    "test_models.py::test_lumina[1-8-12-1.0]",
+]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests run compiled kernels")
 @pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(_triton.INTERPRETED, reason="the tests run in the interpreter already")
-@pytest.mark.parametrize("file", ["test_kernels.py", "test_library.py", "test_ops.py"])
-def test_the_kernels_pass_in_the_interpreter(file):
+@pytest.mark.parametrize(
+    "tests", [["test_kernels.py"], ["test_library.py"], ["test_ops.py"], WHOLE_RUNS]
+)
+def test_the_kernels_pass_in_the_interpreter(tests):
     done = subprocess.run(
-        [sys.executable, "-c", CODE, f"tests/{file}"],
+        [sys.executable, "-c", CODE, *(f"tests/{test}" for test in tests)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

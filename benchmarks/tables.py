@@ -1,0 +1,23 @@
+"""Tables and pictures, as all benchmarks give them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C", "#B8A900")
+
+
+def cells(entries: list[str]) -> str:
+    """A row of a table in Markdown."""
+    return "| " + " | ".join(entries) + " |"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A small PNG."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
