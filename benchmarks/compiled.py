@@ -62,15 +62,15 @@ SPILLS = (
         "sm_100",
         (72, 80, 88, 96),
         16,
-        "ptxas keeps to 128 registers, so that two blocks fit; stored before the loops over the "
-        "keys and loaded after them, not within",
+        "ptxas keeps to 128 registers, so that two blocks fit; stored and loaded outside the "
+        "loops over the keys",
     ),
     Spill(
         "_attention_kernel",
         "sm_80",
-        (88, 96),
+        (40, 88, 96),
         8,
-        "stored and loaded between the two loops over the keys, not within",
+        "stored and loaded outside the loops over the keys",
     ),
 )
 
@@ -206,7 +206,7 @@ def faults(launch: Launch, chip: Chip, found: Usage) -> list[str]:
             wrong.append("no tensor-core instructions")
         elif chip.target == "sm_90" and launch.options["BLOCK_M"] >= WARP_GROUP_ROWS:
             wrong += [] if found.grouped else ["no wgmma"]
-    if launch.name in COPIES and whole_vectors(launch):
+    if launch.name in COPIES and whole_vectors(launch, chip):
         wrong += [] if found.wide_loads else ["no 128-bit loads"]
         wrong += [] if found.wide_stores else ["no 128-bit stores"]
     return wrong
@@ -219,10 +219,13 @@ def allowed(launch: Launch, chip: Chip) -> int:
     return max((s.most for s in found if size in s.sizes), default=0)
 
 
-def whole_vectors(launch: Launch) -> bool:
-    """Whether the launcher found that 16 bytes can be taken at a time."""
+def whole_vectors(launch: Launch, chip: Chip) -> bool:
+    """Whether the launcher found that 16 bytes can be taken at a time, and gives each lane 16."""
     tokens: Tensor = launch.args[0]
-    return launch.options["VECTOR"] * tokens.element_size() == 16
+    options = launch.options
+    tile = options["BLOCK_K"] * options["BLOCK_C"] * tokens.element_size()
+    enough = tile >= 16 * chip.lanes * options["num_warps"]
+    return enough and options["VECTOR"] * tokens.element_size() == 16
 
 
 def check(launches: Iterable[Launch], name: str) -> Iterator[Row]:

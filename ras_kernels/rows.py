@@ -158,7 +158,8 @@ def tiling(count: int, *tensors: Tensor) -> Tiling | None:
         starts = [tensor.data_ptr() // size for tensor in tensors]
         vector = math.gcd(max(16 // size, 1), columns, *strides, *starts)
     block_c = min(next_power_of_2(max(columns, 1)), WIDEST)
-    block_k = max(ELEMENTS // block_c, 1)
+    # Elements that are read one by one take more registers for their addresses.
+    block_k = max((ELEMENTS if vector > 1 else ELEMENTS // 2) // block_c, 1)
     grid = cdiv(count, block_k), outer * cdiv(columns, block_c), len(tensors[0])
     if max(grid[1:]) > GRID:
         return None
