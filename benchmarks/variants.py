@@ -153,11 +153,11 @@ def sample(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="meta")  # whose memory is none, at address 0
 
 
 def index(dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(BATCH, ACTIVE, dtype=dtype)
+    return empty(BATCH, ACTIVE, dtype=dtype)
 
 
 def copy_calls() -> Iterator[Call]:
