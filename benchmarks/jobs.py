@@ -383,6 +383,42 @@ def region_scores(s: Shape, device: str) -> Job:
     )
 
 
+def update_drift_(s: Shape, device: str) -> Job:
+    """The drift of the regions that were computed, on guided noise."""
+    side, (samples, tokens) = s.side // 8, (s.batch // 2, s.tokens)
+    noise, last = (normal(device, samples, s.channels, side, side) for _ in range(2))
+    pace, since = (torch.zeros(samples, tokens, device=device) for _ in range(2))
+    index = active_index(s, device)[:samples]
+    values = noise.flatten()[: samples * s.active * s.channels * PATCH**2]
+    written = last, pace, since
+
+    def ours() -> Sequence[Tensor]:
+        ras_kernels.update_drift_(*written, index, noise, position=0.5, patch_size=PATCH)
+        return written
+
+    def definition() -> Sequence[Tensor]:
+        reference.update_drift_(*written, index, noise, 0.5, PATCH)
+        return written
+
+    columns = pace[:, : s.active]
+    return Job(
+        [values, values, values, columns, columns, columns, index],
+        Way(ours),
+        {"our definition": Way(definition)},
+        written=written,
+    )
+
+
+def drift_scores(s: Shape, device: str) -> Job:
+    """The scores that come of it."""
+    pace, since = (torch.rand(s.batch // 2, s.tokens, device=device) for _ in range(2))
+    return Job(
+        [pace, since, pace],
+        Way(lambda: ras_kernels.drift_scores(pace, since, position=0.5)),
+        {"sub, abs, mul": Way(lambda: pace * (0.5 - since).abs())},
+    )
+
+
 def select_lowest(s: Shape, device: str) -> Job:
     """`select_regions` without ages: the regions of least score, which is all that topk can do."""
     scores, ages = _scores_and_ages(s, device)
@@ -447,6 +483,8 @@ JOBS: dict[str, Callable[[Shape, str], Job]] = {
         norm_rotary_scatter_,
         sparse_attention,
         region_scores,
+        update_drift_,
+        drift_scores,
         select_lowest,
         select_regions,
     )

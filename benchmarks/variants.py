@@ -18,10 +18,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ras_kernels import _triton, attention, changes, linear, norm, regions, rows
+from ras_kernels import _triton, attention, changes, drift, linear, norm, regions, rows
 from ras_kernels._checks import FLOATS
 
-MODULES = attention, changes, linear, norm, regions, rows
+MODULES = attention, changes, drift, linear, norm, regions, rows
 BATCH, TOKENS, TEXT, ACTIVE = 2, 4096, 333, 1024  # SD3 at 1024 x 1024, a quarter of it active
 HEAD_SIZES = range(8, 257, 8)  # of which those are kept that the rules treat differently
 SHORT = {
@@ -262,14 +262,30 @@ def attention_calls() -> Iterator[Call]:
         yield Call("sparse_attention", dtype, text, run)
 
 
+NOISES = {
+    "16 channels": (1, 16, 128, 128),
+    "4 channels": (1, 4, 128, 128),
+    "packed": (1, 4096, 64),
+}
+"""SD3's latents, whole and packed, and Lumina-Next's, which have 4 channels."""
+
+
+def drift_calls() -> Iterator[Call]:
+    columns = empty(1, TOKENS, dtype=torch.float32)
+    for dtype, (text, shape), number in itertools.product(
+        FLOATS, NOISES.items(), (torch.int32, torch.int64, None)
+    ):
+        noise, at, which = empty(*shape, dtype=dtype), None, "all"
+        if number is not None:
+            at, which = index(number)[:1], SHORT[number] + " index"
+        run = partial(drift._launch_update, noise, columns, columns, at, noise, 0.5, 2)
+        yield Call("update_drift_", dtype, f"{text}, {which}", run)
+    run = partial(drift._launch_scores, columns, columns, 0.5)
+    yield Call("drift_scores", torch.float32, "", run)
+
+
 def score_calls() -> Iterator[Call]:
-    """SD3's latents, whole and packed, and Lumina-Next's, which have 4 channels."""
-    shapes = {
-        "16 channels": (1, 16, 128, 128),
-        "4 channels": (1, 4, 128, 128),
-        "packed": (1, 4096, 64),
-    }
-    for dtype, metric, (text, shape) in itertools.product(FLOATS, regions.METRICS, shapes.items()):
+    for dtype, metric, (text, shape) in itertools.product(FLOATS, regions.METRICS, NOISES.items()):
         run = partial(regions._launch_scores, empty(*shape, dtype=dtype), 2, metric)
         yield Call("region_scores", dtype, f"{metric}, {text}", run)
 
@@ -290,6 +306,7 @@ OPS: dict[str, Callable[[], Iterator[Call]]] = {
     "update": update_calls,
     "carry": carry_calls,
     "linear": linear_calls,
+    "drift": drift_calls,
     "norm": norm_calls,
     "attention": attention_calls,
     "scores": score_calls,

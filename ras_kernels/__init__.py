@@ -13,6 +13,7 @@ GPU; RAS_KERNELS_CHECK_INDICES=1 in the environment has it checked there, too).
 from ._triton import backend
 from .attention import sparse_attention
 from .changes import carry_tokens, update_tokens_
+from .drift import drift_scores, update_drift_
 from .linear import linear_scatter_
 from .norm import NORMS, norm_rotary, norm_rotary_scatter_
 from .regions import METRICS, region_scores, select_regions
@@ -24,6 +25,7 @@ __all__ = [
     "NORMS",
     "backend",
     "carry_tokens",
+    "drift_scores",
     "gather_tokens",
     "linear_scatter_",
     "merge_noise_",
@@ -33,5 +35,6 @@ __all__ = [
     "scatter_tokens_",
     "select_regions",
     "sparse_attention",
+    "update_drift_",
     "update_tokens_",
 ]

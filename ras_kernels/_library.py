@@ -19,7 +19,7 @@ def register(
     *,
     reference: Callable[..., Any],
     launch: Callable[..., Any],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define the op `torch.ops.ras_kernels.<name>`, and return it.
 
@@ -30,7 +30,7 @@ def register(
         schema: Of the op, its name first; what it writes to is marked `(a!)`.
         reference: The PyTorch definition, for all devices without a kernel.
         launch: Launches the Triton kernel, with the same arguments.
-        fake: The shapes and dtypes of what it returns.
+        fake: The shapes and dtypes of what it returns; None if that is nothing.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,8 +39,12 @@ def register(
         _LIBRARY.impl(name, _on_its_device(launch), "CUDA")  # AMD's GPUs too
     if INTERPRETED:
         _LIBRARY.impl(name, launch, "CPU")
-    torch.library.register_fake(f"ras_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"ras_kernels::{name}", fake or _nothing, lib=_LIBRARY)
     return getattr(torch.ops.ras_kernels, name).default
+
+
+def _nothing(*_: object) -> None:
+    """What an op returns that only writes."""
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -178,9 +178,11 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # Strides come in units of VECTOR elements: the product tells the compiler of the alignment.
-    b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # The grid has one axis, since the others end at 65,535.
+    tiles = tl.cdiv(num_queries, BLOCK_M)
+    b = (tl.program_id(0) // tiles // HEADS).to(tl.int64)
+    h = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     d1 = tl.arange(0, SIZE1)
     here = (m < num_queries)[:, None]
     row = (
@@ -200,7 +202,7 @@ def _attention_kernel(
     values = value + (b * value_b + h // GROUPS * value_h) * VECTOR
     mask += b * mask_b
     if LENGTHS:
-        num_keys = tl.minimum(tl.load(lengths + b).to(tl.int32), num_keys)
+        num_keys = tl.maximum(tl.minimum(tl.load(lengths + b).to(tl.int32), num_keys), 0)
     whole = num_keys // BLOCK_N * BLOCK_N
     key_n *= VECTOR
     value_n *= VECTOR
@@ -280,7 +282,7 @@ def _launch(
     bytes_ = query.element_size()
     starts = [t.data_ptr() // bytes_ for t in (query, key, value)]
     vector = math.gcd(16 // bytes_, *strides, *starts)
-    _attention_kernel[cdiv(num_queries, block.queries), heads, batch](
+    _attention_kernel[cdiv(num_queries, block.queries) * heads * batch,](
         query,
         key,
         value,

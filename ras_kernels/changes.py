@@ -9,7 +9,7 @@ from . import reference
 from ._checks import check_floats, check_index, check_same, check_written, shapes
 from ._library import register
 from ._triton import jit, tl
-from .rows import Tiling, tiling
+from .rows import Tiling, elements, place, tiling
 
 
 def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
@@ -93,28 +93,21 @@ def _update_kernel(
     index_b,
     index_k,
     num_rows,
-    columns,  # in units of VECTOR, as the strides of what is copied
+    columns,
     ALL: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    width = columns * VECTOR
-    blocks = tl.cdiv(width, BLOCK_C)
-    b = tl.program_id(2).to(tl.int64)
-    r = (tl.program_id(1) // blocks).to(tl.int64)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = tl.program_id(1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, r, k, c, within = place(columns, VECTOR, BLOCK_K, BLOCK_C)
     inside = k < num_rows
-    k = k.to(tl.int64)
     n = k
     if not ALL:
-        n = tl.load(index + b * index_b + k * index_k, mask=inside, other=0).to(tl.int64)
-    both = inside[:, None] & (c < width)[None, :]
-    here = tokens + ((b * tokens_b + r * tokens_r) + n * tokens_n)[:, None] * VECTOR + c[None, :]
-    there = rows + ((b * rows_b + r * rows_r) + k * rows_k)[:, None] * VECTOR + c[None, :]
-    beside = changes + ((b * changes_b + r * changes_r) + n * changes_n)[:, None] * VECTOR
-    beside += c[None, :]
+        n = tl.load(index + b * index_b + k.to(tl.int64) * index_k, mask=inside, other=0)
+    both = inside[:, None] & within
+    here = elements(tokens, b, r, n, c, tokens_b, tokens_n, tokens_r, VECTOR)
+    there = elements(rows, b, r, k, c, rows_b, rows_k, rows_r, VECTOR)
+    beside = elements(changes, b, r, n, c, changes_b, changes_n, changes_r, VECTOR)
     new = tl.load(there, mask=both)
     old = tl.load(here, mask=both)
     tl.store(beside, new.to(tl.float32) - old.to(tl.float32), mask=both)
@@ -140,28 +133,21 @@ def _carry_kernel(
     gain_n,
     num_rows,
     carried,
-    columns,  # in units of VECTOR, as the strides of what is copied
+    columns,
     VECTOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    width = columns * VECTOR
-    blocks = tl.cdiv(width, BLOCK_C)
-    b = tl.program_id(2).to(tl.int64)
-    r = (tl.program_id(1) // blocks).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = tl.program_id(1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    within = (c < width)[None, :]
+    b, r, n, c, within = place(columns, VECTOR, BLOCK_K, BLOCK_C)
     both = (n < num_rows)[:, None] & within
     some = (n < carried)[:, None] & within
-    n = n.to(tl.int64)
-    here = tokens + ((b * tokens_b + r * tokens_r) + n * tokens_n)[:, None] * VECTOR + c[None, :]
-    beside = changes + ((b * changes_b + r * changes_r) + n * changes_n)[:, None] * VECTOR
-    there = output + ((b * output_b + r * output_r) + n * output_n)[:, None] * VECTOR + c[None, :]
-    share = tl.load(gain + b * gain_b + n * gain_n, mask=n < carried, other=0.0)[:, None]
+    here = elements(tokens, b, r, n, c, tokens_b, tokens_n, tokens_r, VECTOR)
+    beside = elements(changes, b, r, n, c, changes_b, changes_n, changes_r, VECTOR)
+    there = elements(output, b, r, n, c, output_b, output_n, output_r, VECTOR)
+    share = tl.load(gain + b * gain_b + n.to(tl.int64) * gain_n, mask=n < carried, other=0.0)
     value = tl.load(here, mask=both).to(tl.float32)
-    change = tl.load(beside + c[None, :], mask=some, other=0.0).to(tl.float32)
-    tl.store(there, value + share * change, mask=both)
+    change = share[:, None] * tl.load(beside, mask=some, other=0.0).to(tl.float32)
+    tl.store(there, value + change, mask=both)
 
 
 def _tiling(count: int, *tensors: Tensor) -> Tiling | None:
@@ -217,10 +203,6 @@ def _launch_carry(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
     return output
 
 
-def _fake_update(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> None:
-    return None
-
-
 def _fake_carry(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
     return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
 
@@ -229,7 +211,6 @@ _update = register(
     "update_tokens_(Tensor(a!) tokens, Tensor(b!) changes, Tensor? index, Tensor rows) -> ()",
     reference=reference.update_tokens_,
     launch=_launch_update,
-    fake=_fake_update,
 )
 _carry = register(
     "carry_tokens(Tensor tokens, Tensor changes, Tensor gain) -> Tensor",

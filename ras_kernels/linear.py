@@ -274,15 +274,10 @@ def _launch(
     )
 
 
-def _fake(*_: object) -> None:
-    return None
-
-
 _linear_scatter = register(
     "linear_scatter_(Tensor(a!) key, Tensor(b!) value, Tensor(c!)? key_changes, "
     "Tensor(d!)? value_changes, Tensor index, Tensor tokens, Tensor key_weight, "
     "Tensor? key_bias, Tensor value_weight, Tensor? value_bias) -> ()",
     reference=reference.linear_scatter_,
     launch=_launch,
-    fake=_fake,
 )

@@ -147,7 +147,8 @@ def _norm_rotary_kernel(
     index_k,
     num_rows,
     eps,
-    HEADS: tl.constexpr,  # that are normalised together
+    PARTS: tl.constexpr,  # of a token
+    HEADS: tl.constexpr,  # of a part, which are normalised together
     SIZE: tl.constexpr,
     RMS: tl.constexpr,
     LAYER: tl.constexpr,
@@ -161,9 +162,11 @@ def _norm_rotary_kernel(
     BLOCK_C: tl.constexpr,
 ):
     WIDTH: tl.constexpr = HEADS * SIZE
-    b = tl.program_id(2).to(tl.int64)
-    part = tl.program_id(1)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # One axis, since the others of a grid end at 65,535.
+    blocks = tl.cdiv(num_rows, BLOCK_K)
+    b = (tl.program_id(0) // blocks // PARTS).to(tl.int64)
+    part = tl.program_id(0) // blocks % PARTS
+    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = k < num_rows
     k = k.to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -232,7 +235,7 @@ def _run(
     turns = tokens
     if rotary is not None:
         turns = rotary.float().contiguous()
-    _norm_rotary_kernel[cdiv(count, block_k), parts, batch](
+    _norm_rotary_kernel[cdiv(count, block_k) * parts * batch,](
         tokens,
         tokens if index is None else index,
         tokens if weight is None else weight.contiguous(),
@@ -246,6 +249,7 @@ def _run(
         0 if index is None else index.stride(1),
         count,
         eps,
+        PARTS=parts,
         HEADS=heads // parts,
         SIZE=size,
         RMS=norm == "rms_norm",
@@ -300,10 +304,6 @@ def _fake(tokens: Tensor, *_: object) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
 
-def _fake_scatter(*_: object) -> None:
-    return None
-
-
 _OPTIONS = "str? norm, Tensor? weight, Tensor? bias, float eps, Tensor? rotary"
 _norm_rotary = register(
     f"norm_rotary(Tensor tokens, {_OPTIONS}) -> Tensor",
@@ -316,5 +316,4 @@ _norm_rotary_scatter = register(
     f"{_OPTIONS}) -> ()",
     reference=reference.norm_rotary_scatter_,
     launch=_launch_scatter,
-    fake=_fake_scatter,
 )

@@ -7,9 +7,12 @@ Arguments have been checked by the public functions of `ras_kernels`.
 from __future__ import annotations
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
+
+LEAST_GAP = 1e-6
+"""Two positions nearer than that count as so far apart, so that no pace is infinite."""
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -147,6 +150,35 @@ def region_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
     return reduce(spread, regions, "mean", **({} if packed else {"p": p, "q": p})).float()
 
 
+def update_drift_(
+    last: Tensor,
+    pace: Tensor,
+    since: Tensor,
+    index: Tensor | None,
+    noise: Tensor,
+    position: float,
+    patch_size: int,
+) -> None:
+    wide = torch.float64 if noise.dtype == torch.float64 else torch.float32
+    change = (_regions(noise.to(wide), patch_size) - _regions(last.to(wide), patch_size)).square()
+    moved = change.mean(dim=2).sqrt() / (position - since).abs().clamp_min(LEAST_GAP)
+    now = torch.ones_like(pace, dtype=torch.bool)
+    if index is not None:
+        now = torch.zeros_like(now).scatter(1, index.long().expand(len(now), -1), True)
+    pace.copy_(torch.where(now, moved, pace))
+    since.masked_fill_(now, position)
+    if noise.ndim == 4:
+        height, p = noise.shape[2] // patch_size, patch_size
+        within = repeat(now, "b (h w) -> b 1 (h p) (w q)", h=height, p=p, q=p)
+    else:
+        within = now[..., None]
+    last.copy_(torch.where(within, noise, last))
+
+
+def drift_scores(pace: Tensor, since: Tensor, position: float) -> Tensor:
+    return (pace * (position - since).abs()).contiguous()
+
+
 def kept_ranks(regions: int, num_active: int, high_ratio: float) -> tuple[int, float]:
     """The lowest rank that is kept at equal ages, and the centre of those that are."""
     dropped = regions - num_active
@@ -172,3 +204,11 @@ def select_regions(
 def _samples(tokens: Tensor) -> Tensor:
     """(B, 1): each sample's rows are its own."""
     return torch.arange(len(tokens), device=tokens.device)[:, None]
+
+
+def _regions(noise: Tensor, patch_size: int) -> Tensor:
+    """The values of each region, `(B, N, p * p * C)`."""
+    if noise.ndim == 3:
+        return noise
+    p = patch_size
+    return rearrange(noise, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)

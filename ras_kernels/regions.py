@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,21 +35,7 @@ def region_scores(noise: Tensor, patch_size: int, metric: str = "std") -> Tensor
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1; got {patch_size}")
-    area = patch_size**2
-    sides = noise.shape[2:] if noise.ndim == 4 else ()
-    if noise.ndim not in (3, 4) or any(side % patch_size for side in sides):
-        raise ValueError(
-            f"noise must be (B, C, height, width) with sides that the patch size {patch_size} "
-            f"divides, or packed, (B, N, {area} * C); got {shapes(noise)}"
-        )
-    if noise.ndim == 3 and noise.shape[2] % area:
-        raise ValueError(
-            f"packed noise must be (B, N, {area} * C) for patch size {patch_size}; got "
-            f"{shapes(noise)}"
-        )
-    check_floats(noise=noise)
+    check_patches(noise, patch_size)
     return _scores(noise, patch_size, metric)
 
 
@@ -98,6 +85,53 @@ def select_regions(
     return _select(scores, ages, num_active, high_ratio, starvation_scale)
 
 
+def check_patches(noise: Tensor, patch_size: int) -> None:
+    """Noise as `region_scores` takes it."""
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1; got {patch_size}")
+    area = patch_size**2
+    sides = noise.shape[2:] if noise.ndim == 4 else ()
+    if noise.ndim not in (3, 4) or any(side % patch_size for side in sides):
+        raise ValueError(
+            f"noise must be (B, C, height, width) with sides that the patch size {patch_size} "
+            f"divides, or packed, (B, N, {area} * C); got {shapes(noise)}"
+        )
+    if noise.ndim == 3 and noise.shape[2] % area:
+        raise ValueError(
+            f"packed noise must be (B, N, {area} * C) for patch size {patch_size}; got "
+            f"{shapes(noise)}"
+        )
+    check_floats(noise=noise)
+
+
+class Patches(NamedTuple):
+    """How regions lie in noise of either form: counts, and strides in elements."""
+
+    batch: int
+    regions: int
+    per_row: int
+    channels: int
+    strides: tuple[int, int, int, int, int, int]
+    """From a sample, a row of regions, a region, a row of pixels, a pixel and a channel to the
+    next."""
+
+
+def patches(noise: Tensor, patch_size: int) -> Patches:
+    if noise.ndim == 4:
+        batch, channels, height, width = noise.shape
+        b, c, y, x = noise.stride()
+        per_row = width // patch_size
+        regions = height // patch_size * per_row
+        return Patches(
+            batch, regions, per_row, channels, (b, patch_size * y, patch_size * x, y, x, c)
+        )
+    batch, regions, columns = noise.shape
+    b, n, c = noise.stride()
+    channels = columns // patch_size**2
+    pixel = channels * c
+    return Patches(batch, regions, regions, channels, (b, 0, n, patch_size * pixel, pixel, c))
+
+
 # --- scores ---------------------------------------------------------------------------------------
 
 
@@ -118,8 +152,8 @@ def _scores_kernel(
     STD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < regions
     y, x = (n // regions_per_row).to(tl.int64), (n % regions_per_row).to(tl.int64)
     corner = noise + b * noise_b + y * region_y + x * region_x
@@ -150,31 +184,16 @@ def _scores_kernel(
 def _launch_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
     if noise.dtype == torch.float64:
         return reference.region_scores(noise, patch_size, metric)
-    if noise.ndim == 4:
-        batch, channels, height, width = noise.shape
-        stride_b, stride_c, stride_y, stride_x = noise.stride()
-        per_row = width // patch_size
-        regions = height // patch_size * per_row
-        region = patch_size * stride_y, patch_size * stride_x
-    else:
-        batch, regions, columns = noise.shape
-        stride_b, stride_n, stride_c = noise.stride()
-        channels, per_row = columns // patch_size**2, regions
-        stride_x, stride_y = channels * stride_c, patch_size * channels * stride_c
-        region = 0, stride_n
-    scores = noise.new_empty(batch, regions, dtype=torch.float32)
+    how = patches(noise, patch_size)
+    scores = noise.new_empty(how.batch, how.regions, dtype=torch.float32)
     if scores.numel():
-        _scores_kernel[cdiv(regions, BLOCK), batch](
+        _scores_kernel[how.batch, cdiv(how.regions, BLOCK)](
             noise,
             scores,
-            stride_b,
-            *region,
-            stride_y,
-            stride_x,
-            stride_c,
-            regions,
-            per_row,
-            CHANNELS=channels,
+            *how.strides,
+            how.regions,
+            how.per_row,
+            CHANNELS=how.channels,
             PATCH=patch_size,
             STD=metric == "std",
             BLOCK=BLOCK,
@@ -184,9 +203,8 @@ def _launch_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
 
 
 def _fake_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
-    area = patch_size**2
-    regions = noise.shape[1] if noise.ndim == 3 else noise.shape[2] * noise.shape[3] // area
-    return noise.new_empty(noise.shape[0], regions, dtype=torch.float32)
+    how = patches(noise, patch_size)
+    return noise.new_empty(how.batch, how.regions, dtype=torch.float32)
 
 
 # --- selection ------------------------------------------------------------------------------------
@@ -222,8 +240,8 @@ def _rank_kernel(
     OTHERS: tl.constexpr,
 ):
     """Each region's urgency, the least first; without ages, 0 for the chosen ones and else 1."""
-    b = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < regions
     score = tl.load(scores + b * regions + n, mask=inside, other=0.0).to(tl.float32)
     score = tl.where(score != score, float("inf"), score)
@@ -239,8 +257,8 @@ def _rank_kernel(
 @jit
 def _choose_kernel(urgency, chosen, regions, num_active, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     """0 for the regions of least urgency, else 1."""
-    b = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < regions
     value = tl.load(urgency + b * regions + n, mask=inside, other=0.0)
     rank = _ranks(urgency + b * regions, n, value, regions, BLOCK, OTHERS)
@@ -275,7 +293,7 @@ def _launch_select(
     if not batch:
         return active, new_ages
     low, centre = reference.kept_ranks(regions, num_active, high_ratio)
-    grid = cdiv(regions, BLOCK), batch
+    grid = batch, cdiv(regions, BLOCK)  # the second axis ends at 65,535
     chosen = scores.new_empty(batch, regions, dtype=torch.float32)
     _rank_kernel[grid](
         scores,

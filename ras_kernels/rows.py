@@ -66,6 +66,30 @@ def merge_noise_(cached: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
 
 
 @jit
+def place(columns, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where a program of a `Tiling` is: the sample, the outer index, rows, columns, columns' mask.
+
+    `columns` and all strides come in units of VECTOR: a product with a constant is what tells the
+    compiler of divisibility. Rows of 144 bytes are then read by 16, although 72 halves are no
+    multiple of 16.
+    """
+    width = columns * VECTOR
+    blocks = tl.cdiv(width, BLOCK_C)
+    b = tl.program_id(2).to(tl.int64)
+    r = (tl.program_id(1) // blocks).to(tl.int64)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return b, r, k, c, (c < width)[None, :]
+
+
+@jit
+def elements(start, b, r, n, c, stride_b, stride_n, stride_r, VECTOR: tl.constexpr):
+    """Pointers to the elements at columns `c`, in elements, of rows `n`."""
+    row = (b * stride_b + r * stride_r) + n.to(tl.int64) * stride_n
+    return start + row[:, None] * VECTOR + c[None, :]
+
+
+@jit
 def _copy_rows_kernel(
     tokens,
     index,
@@ -76,34 +100,24 @@ def _copy_rows_kernel(
     rows_b,
     rows_k,
     rows_r,
-    tokens_c,
+    tokens_c,  # in elements, as rows_c
     rows_c,
     index_b,
     index_k,
     num_rows,
-    columns,  # in units of VECTOR, as all strides above but the last two of rows and of index
+    columns,
     GATHER: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # A product with a constant is what tells the compiler of its divisibility: 144-byte rows are
-    # then read by 16 bytes, although 72 halves are no multiple of 16.
-    width = columns * VECTOR
-    blocks = tl.cdiv(width, BLOCK_C)
-    b = tl.program_id(2).to(tl.int64)
-    r = (tl.program_id(1) // blocks).to(tl.int64)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = tl.program_id(1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, r, k, c, within = place(columns, VECTOR, BLOCK_K, BLOCK_C)
     inside = k < num_rows
-    k = k.to(tl.int64)
-    n = tl.load(index + b * index_b + k * index_k, mask=inside, other=0).to(tl.int64)
-    both = inside[:, None] & (c < width)[None, :]
-    here = tokens + ((b * tokens_b + r * tokens_r) + n * tokens_n)[:, None] * VECTOR
-    there = rows + ((b * rows_b + r * rows_r) + k * rows_k)[:, None] * VECTOR
-    wide = c.to(tl.int64)[None, :]
-    here += wide * tokens_c
-    there += wide * rows_c
+    n = tl.load(index + b * index_b + k.to(tl.int64) * index_k, mask=inside, other=0)
+    both = inside[:, None] & within
+    wide = c.to(tl.int64)
+    here = elements(tokens, b, r, n, wide * tokens_c, tokens_b, tokens_n, tokens_r, VECTOR)
+    there = elements(rows, b, r, k, wide * rows_c, rows_b, rows_k, rows_r, VECTOR)
     if GATHER:
         tl.store(there, tl.load(here, mask=both), mask=both)
     else:
@@ -209,10 +223,6 @@ def _fake_gather(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.new_empty(tokens.shape[0], index.shape[1], *tokens.shape[2:])
 
 
-def _fake_scatter(tokens: Tensor, index: Tensor, rows: Tensor) -> None:
-    return None
-
-
 _gather = register(
     "gather_tokens(Tensor tokens, Tensor index) -> Tensor",
     reference=reference.gather_tokens,
@@ -223,5 +233,4 @@ _scatter = register(
     "scatter_tokens_(Tensor(a!) tokens, Tensor index, Tensor rows) -> ()",
     reference=reference.scatter_tokens_,
     launch=_launch_scatter,
-    fake=_fake_scatter,
 )

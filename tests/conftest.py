@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.register_assert_rewrite("operands")  # its asserts say what they compared, as tests' do
+
 
 @pytest.fixture
 def no_gradients():

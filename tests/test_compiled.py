@@ -16,6 +16,7 @@ if _triton.triton is None or _triton.INTERPRETED:
 from benchmarks import compiled, variants
 from benchmarks.chips import CHIPS, floor_us, occupancy
 
+FLOAT32_ALONE = "_choose_kernel", "_list_kernel", "_drift_scores_kernel"
 LAUNCHES = {name: variants.launches(chip.architecture) for name, chip in CHIPS.items()}
 
 
@@ -32,7 +33,7 @@ def test_every_kernel_flag_and_dtype_is_listed():
                 if isinstance(value, bool):
                     values = {launch.options[flag] for launch in found}
                     assert values == {False, True}, f"{kernel}: {flag}"
-            if kernel not in ("_choose_kernel", "_list_kernel"):  # which see float32 alone
+            if kernel not in FLOAT32_ALONE:
                 dtypes = set(rows.WORDS.values()) if kernel == "_copy_rows_kernel" else set(FLOATS)
                 assert {launch.call.dtype for launch in found} == dtypes, kernel
 

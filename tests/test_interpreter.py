@@ -21,6 +21,17 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
+AGAINST_FLOAT64 = [
+    "test_rows.py",
+    "test_drift.py",
+    "test_changes.py",
+    "test_attention.py",
+    "test_regions.py",
+    "test_norm.py",
+    "test_linear.py",
+    "test_every_op.py",
+]
+
 WHOLE_RUNS = [  # with projections into the cache; with norms too; rotary, with grouped queries
     "test_models.py::test_batch[sizes0-1]",
     "test_models.py::test_batch[sizes1-1]",
@@ -32,7 +43,7 @@ WHOLE_RUNS = [  # with projections into the cache; with norms too; rotary, with 
 @pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(_triton.INTERPRETED, reason="the tests run in the interpreter already")
 @pytest.mark.parametrize(
-    "tests", [["test_kernels.py"], ["test_library.py"], ["test_ops.py"], WHOLE_RUNS]
+    "tests", [AGAINST_FLOAT64, ["test_library.py"], ["test_ops.py"], WHOLE_RUNS]
 )
 def test_the_kernels_pass_in_the_interpreter(tests):
     done = subprocess.run(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_kernels import DEVICE, INTERPRETED, LAYER_NORM, calls, laid, normal, turns
+from operands import DEVICE, INTERPRETED, LAYER_NORM, calls, laid, normal, turns
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ras_kernels
@@ -50,6 +50,9 @@ def layer(hidden, noise, changes, ages, key, value, query_weight, weights, biase
     batch, tokens, width = hidden.shape
     heads, size = key.shape[2:]
     scores = ras_kernels.region_scores(noise, 2)
+    last, since = torch.zeros_like(noise), torch.zeros_like(scores)
+    ras_kernels.update_drift_(last, scores, since, None, noise, position=0.5, patch_size=2)
+    scores = scores + ras_kernels.drift_scores(scores, since, position=0.7)
     active, ages = ras_kernels.select_regions(scores, ages, 5, high_ratio=0.3, starvation_scale=1.0)
     rows = ras_kernels.gather_tokens(hidden, active)
     key_changes, value_changes = torch.zeros_like(key), torch.zeros_like(value)

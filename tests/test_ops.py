@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import torch
-from test_kernels import COMPUTED
+from operands import COMPUTED
 
 import ras_kernels
 from ras_kernels import _checks
@@ -261,6 +261,16 @@ def right():
         "carry_tokens": {"tokens": x(2, 6, 3), "changes": x(2, 5, 3), "gain": x(2, 5)},
         "sparse_attention": {"query": x(2, 2, 4, 8), "key": x(2, 5, 2, 8), "value": x(2, 5, 2, 8)},
         "region_scores": {"noise": x(2, 3, 4, 4), "patch_size": 2},
+        "update_drift_": {
+            "pace": x(2, 6),
+            "since": x(2, 6),
+            "last": x(2, 3, 4, 6),
+            "index": INDEX,
+            "noise": x(2, 3, 4, 6, seed=1),
+            "position": 0.5,
+            "patch_size": 2,
+        },
+        "drift_scores": {"pace": x(2, 6), "since": x(2, 6), "position": 0.5},
         "select_regions": {
             "scores": x(2, 6),
             "ages": torch.zeros(2, 6, dtype=torch.int32),
@@ -375,6 +385,13 @@ LAYER_NORM = "layer_norm_across_heads"
         ("region_scores", {"noise": x(2, 3)}, r"noise .*\(2, 3\)"),
         ("region_scores", {"noise": x(2, 3, 6)}, r"noise .*4 \* C.*\(2, 3, 6\)"),
         ("region_scores", {"metric": "entropy"}, "metric .*std, l2norm.*entropy"),
+        ("update_drift_", {"patch_size": 3}, r"patch size 3.*\(2, 3, 4, 6\)"),
+        ("update_drift_", {"last": x(2, 3, 4, 4)}, r"last .*\(2, 3, 4, 6\).*\(2, 3, 4, 4\)"),
+        ("update_drift_", {"pace": x(2, 5)}, r"pace .*\(2, 6\).*\(2, 5\)"),
+        ("update_drift_", {"since": x(1, 6)}, r"since .*\(2, 6\).*\(1, 6\)"),
+        *(expanded("update_drift_", argument) for argument in ("last", "pace", "since")),
+        ("drift_scores", {"pace": x(6)}, r"pace .*\(B, N\).*\(6,\)"),
+        ("drift_scores", {"since": x(2, 5)}, r"since .*\(2, 6\).*\(2, 5\)"),
         ("select_regions", {"scores": x(6)}, r"scores .*\(6,\)"),
         ("select_regions", {"ages": INDEX}, r"ages .*\(2, 6\).*\(2, 2\)"),
         ("select_regions", {"num_active": 7}, "num_active .*6.*7"),

@@ -1,0 +1,222 @@
+"""Drift: how fast each region's noise was changing when it was last computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_index, check_same, check_written, shapes
+from ._library import register
+from ._triton import cdiv, jit, tl
+from .regions import BLOCK, check_patches, patches
+
+
+def update_drift_(
+    last: Tensor,
+    pace: Tensor,
+    since: Tensor,
+    index: Tensor | None,
+    noise: Tensor,
+    *,
+    position: float,
+    patch_size: int,
+) -> None:
+    """Note new noise of some regions, and how fast it was changing.
+
+    For a region `n = index[b, j]` with the values `x` in `noise` and `y` in `last`:
+    `pace[b, n] = sqrt(mean((x - y)**2)) / max(|position - since[b, n]|, 1e-6)`, in float32;
+    then `last` takes over `x`, and `since[b, n] = position`.
+
+    Args:
+        last: Of the shape and dtype of `noise`, each region's noise when it was last computed;
+            written in place.
+        pace: `(B, N)` float32, written in place.
+        since: `(B, N)` float32, the positions at which regions were last computed; written in
+            place.
+        index: `(B, K)` or `(1, K)`, each region once per sample; None for all.
+        noise: `(B, C, height, width)` or packed, see `region_scores`.
+        position: Where the noise was predicted, in any unit of time.
+        patch_size: Pixels per side of a region.
+    """
+    check_patches(noise, patch_size)
+    if last.shape != noise.shape:
+        raise ValueError(f"last must be {tuple(noise.shape)} as noise; got {shapes(last)}")
+    check_same(noise=noise, last=last)
+    _check_columns(patches(noise, patch_size)[:2], pace=pace, since=since)
+    if pace.device != noise.device:
+        raise ValueError(f"pace is on {pace.device}, noise on {noise.device}")
+    if index is not None:
+        check_index(index, pace, "pace")
+    for name, tensor in (("last", last), ("pace", pace), ("since", since)):
+        check_written(tensor, name)
+    _update(last, pace, since, index, noise, position, patch_size)
+
+
+def drift_scores(pace: Tensor, since: Tensor, *, position: float) -> Tensor:
+    """How far each region's noise has gone since, at its last pace: `pace * |position - since|`.
+
+    Args:
+        pace, since: `(B, N)` float32, as `update_drift_` keeps them.
+        position: Of the step to come, in the same unit.
+
+    Returns:
+        `(B, N)` float32, scores for `select_regions` with `high_ratio=0`, which keeps the highest.
+    """
+    if pace.ndim != 2:
+        raise ValueError(f"pace must be (B, N); got {shapes(pace)}")
+    _check_columns(pace.shape, pace=pace, since=since)
+    return _scores(pace, since, position)
+
+
+def _check_columns(shape: tuple[int, ...], **columns: Tensor) -> None:
+    for name, column in columns.items():
+        if column.shape != shape or column.dtype != torch.float32:
+            raise ValueError(
+                f"{name} must be float32 of shape {tuple(shape)}; got {column.dtype} of shape "
+                f"{shapes(column)}"
+            )
+    check_same(**columns)
+
+
+@jit
+def _update_drift_kernel(
+    last,
+    pace,
+    since,
+    index,
+    noise,
+    last_b,
+    last_region_y,
+    last_region_x,
+    last_pixel_y,
+    last_pixel_x,
+    last_c,
+    noise_b,
+    noise_region_y,
+    noise_region_x,
+    noise_pixel_y,
+    noise_pixel_x,
+    noise_c,
+    pace_b,
+    pace_n,
+    since_b,
+    since_n,
+    index_b,
+    index_k,
+    num_rows,
+    regions_per_row,
+    position,
+    least_gap,
+    ALL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < num_rows
+    n = k.to(tl.int64)
+    if not ALL:
+        n = tl.load(index + b * index_b + n * index_k, mask=inside, other=0).to(tl.int64)
+    y, x = n // regions_per_row, n % regions_per_row
+    old_corner = last + b * last_b + y * last_region_y + x * last_region_x
+    new_corner = noise + b * noise_b + y * noise_region_y + x * noise_region_x
+    squares = tl.zeros([BLOCK], tl.float32)
+    for pixel in tl.static_range(PATCH * PATCH):
+        down, right = tl.cast(pixel // PATCH, tl.int64), tl.cast(pixel % PATCH, tl.int64)
+        old = old_corner + down * last_pixel_y + right * last_pixel_x
+        new = new_corner + down * noise_pixel_y + right * noise_pixel_x
+        for c in range(CHANNELS):
+            channel = tl.cast(c, tl.int64)
+            value = tl.load(new + channel * noise_c, mask=inside, other=0.0)
+            before = tl.load(old + channel * last_c, mask=inside, other=0.0)
+            change = value.to(tl.float32) - before.to(tl.float32)
+            squares += change * change
+            tl.store(old + channel * last_c, value, mask=inside)
+    known = since + b * since_b + n * since_n
+    gap = tl.abs(position - tl.load(known, mask=inside, other=0.0))
+    change = tl.sqrt(squares / (PATCH * PATCH * CHANNELS))
+    tl.store(pace + b * pace_b + n * pace_n, change / tl.maximum(gap, least_gap), mask=inside)
+    tl.store(known, tl.zeros([BLOCK], tl.float32) + position, mask=inside)
+
+
+@jit
+def _drift_scores_kernel(
+    pace, since, scores, pace_b, pace_n, since_b, since_n, regions, position, BLOCK: tl.constexpr
+):
+    b = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = n < regions
+    speed = tl.load(pace + b * pace_b + n * pace_n, mask=inside, other=0.0)
+    then = tl.load(since + b * since_b + n * since_n, mask=inside, other=0.0)
+    tl.store(scores + b * regions + n, speed * tl.abs(position - then), mask=inside)
+
+
+def _launch_update(
+    last: Tensor,
+    pace: Tensor,
+    since: Tensor,
+    index: Tensor | None,
+    noise: Tensor,
+    position: float,
+    patch_size: int,
+) -> None:
+    if noise.dtype == torch.float64:
+        reference.update_drift_(last, pace, since, index, noise, position, patch_size)
+        return
+    how = patches(noise, patch_size)
+    count = how.regions if index is None else index.shape[1]
+    if not how.batch * count:
+        return
+    _update_drift_kernel[how.batch, cdiv(count, BLOCK)](
+        last,
+        pace,
+        since,
+        pace if index is None else index,
+        noise,
+        *patches(last, patch_size).strides,
+        *how.strides,
+        *pace.stride(),
+        *since.stride(),
+        0 if index is None or len(index) == 1 else index.stride(0),
+        0 if index is None else index.stride(1),
+        count,
+        how.per_row,
+        position,
+        reference.LEAST_GAP,
+        ALL=index is None,
+        CHANNELS=how.channels,
+        PATCH=patch_size,
+        BLOCK=BLOCK,
+        num_warps=1,
+    )
+
+
+def _launch_scores(pace: Tensor, since: Tensor, position: float) -> Tensor:
+    scores = pace.new_empty(pace.shape)
+    if scores.numel():
+        batch, regions = pace.shape
+        strides = *pace.stride(), *since.stride()
+        _drift_scores_kernel[batch, cdiv(regions, 1024)](
+            pace, since, scores, *strides, regions, position, BLOCK=1024, num_warps=4
+        )
+    return scores
+
+
+def _fake_scores(pace: Tensor, since: Tensor, position: float) -> Tensor:
+    return pace.new_empty(pace.shape)
+
+
+_update = register(
+    "update_drift_(Tensor(a!) last, Tensor(b!) pace, Tensor(c!) since, Tensor? index, "
+    "Tensor noise, float position, int patch_size) -> ()",
+    reference=reference.update_drift_,
+    launch=_launch_update,
+)
+_scores = register(
+    "drift_scores(Tensor pace, Tensor since, float position) -> Tensor",
+    reference=reference.drift_scores,
+    launch=_launch_scores,
+    fake=_fake_scores,
+)

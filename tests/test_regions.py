@@ -1,0 +1,62 @@
+"""Regions' scores against float64, and their selection to the last tie."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from operands import COMPUTED, batches, check, laid, more, normal, read, wide
+
+import ras_kernels
+from ras_kernels import reference
+
+
+@pytest.mark.parametrize("dtype", COMPUTED, ids=str)
+@pytest.mark.parametrize("metric", ras_kernels.METRICS)
+@more
+@given(
+    st.data(),
+    batches,
+    st.sampled_from([1, 4, 16]),
+    st.integers(1, 3),
+    st.sampled_from([(1, 1), (3, 5), (12, 11)]),
+    st.booleans(),
+)
+def test_region_scores(dtype, metric, data, batch, channels, patch, regions, packed):
+    sides = [patch * side for side in regions]
+    shape = (math.prod(regions), patch**2 * channels) if packed else (channels, *sides)
+    noise = laid(normal(batch, *shape, dtype=dtype), data.draw(read))
+    found = ras_kernels.region_scores(noise, patch, metric)
+    exact = reference.region_scores(wide(noise), patch, metric).double()
+    check(found, exact, reference.region_scores(noise, patch, metric))
+
+
+@pytest.mark.parametrize("starvation_scale", [0.0, 0.7310585])
+@more
+@given(
+    st.data(),
+    batches,
+    st.sampled_from([1, 2, 7, 128, 129, 300, 1030]),
+    st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    st.booleans(),
+)
+def test_selection_is_the_definitions_to_the_last_tie(
+    starvation_scale, data, batch, regions, high_ratio, unusual
+):
+    num_active = data.draw(st.sampled_from([1, regions]) | st.integers(1, regions))
+    scores = (5 * normal(batch, regions)).round().abs()
+    if unusual:
+        for at, value in enumerate([math.nan, math.inf, -0.0, -math.inf, math.nan]):
+            scores[:, 3 * at :: 29] = value
+    ages = normal(batch, regions, seed=1).abs().mul(3)
+    ages = ages.to(data.draw(st.sampled_from([torch.int32, torch.int64])))
+    scores, ages = (laid(tensor, data.draw(read)) for tensor in (scores, ages))
+    before = ages.clone()
+    active, after = ras_kernels.select_regions(
+        scores, ages, num_active, high_ratio=high_ratio, starvation_scale=starvation_scale
+    )
+    expected = reference.select_regions(scores, ages, num_active, high_ratio, starvation_scale)
+    assert active.dtype == torch.int32 and after.dtype == ages.dtype
+    assert torch.equal(active, expected[0]) and torch.equal(after, expected[1])
+    assert torch.equal(ages, before)
