@@ -12,29 +12,34 @@ from torch import Tensor
 import ras_kernels
 
 from .projections import KeyValue, Projection, Rows
+from .reuse import HeldNoise
+from .tokens import normal_empty
 
 
 @dataclass(frozen=True)
 class Walk:
     """How the tokens of one call of the transformer go.
 
+    Of all that RAS is, a compiled transformer sees this and what it refers to: tensors, and
+    settings that are the same in each dense step and in each partial step of a run.
+
     Attributes:
         branch: The skipped layers of skip-layer guidance, or () for the main call.
+        held: The noise of the branch.
         rows: `(B, k)` tokens whose noise is fresh in this step, or None for all.
+        gain: `(B, N)` float32, how much of its last change is added to each image token that does
+            not walk, 0 for those that do; or None for nothing.
         caches: Whether keys and values are kept, as some step computes some of the tokens.
         skip: Whether nobody walks, and all noise is that of before.
-        extrapolates: Whether to keep how keys and values change.
-        gain: `(B, N)` float32, how much of its last change is added to each image token's cached
-            keys and values, 0 for those that walk; or None for nothing.
         reuse_text: Whether the text stays behind where image tokens do.
     """
 
     branch: tuple[int, ...]
-    rows: Tensor | None
-    caches: bool = True
-    skip: bool = False
-    extrapolates: bool = False
+    held: HeldNoise
+    rows: Tensor | None = None
     gain: Tensor | None = None
+    caches: bool = False
+    skip: bool = False
     reuse_text: bool = False
 
     @property
@@ -64,14 +69,33 @@ class KVCache:
         self._changes: KeyValue | None = None  # (B, N, G, D), the image tokens' last changes
         self._image_tokens = 0
 
-    def update(
+    def allocate(
         self,
-        image: Rows | Projection,
-        text: Rows | Projection | None,
-        active: Tensor | None,
+        shape: tuple[int, int, int, int],
+        text_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
         *,
-        extrapolates: bool = False,
-        gain: Tensor | None = None,
+        carries: bool,
+    ) -> None:
+        """Make room; `update` with all tokens is what fills it.
+
+        Args:
+            shape: `(B, N, G, D)`, of the image tokens' keys.
+            text_tokens: T, those that are attended to with the image.
+            dtype, device: Of what is kept.
+            carries: Whether to keep how they change.
+        """
+        batch, self._image_tokens, *rest = shape
+        rows = (batch, self._image_tokens + text_tokens, *rest)
+        self._kept = normal_empty(rows, dtype, device), normal_empty(rows, dtype, device)
+        self._changes = None
+        if carries:  # at first from nothing to something, by which nobody is moved
+            self._kept[0].zero_(), self._kept[1].zero_()
+            self._changes = normal_empty(shape, dtype, device), normal_empty(shape, dtype, device)
+
+    def update(
+        self, image: Rows | Projection, text: Rows | Projection | None, walk: Walk
     ) -> KeyValue:
         """Write this step's keys and values and return those of all tokens.
 
@@ -79,31 +103,20 @@ class KVCache:
             image: Of the image tokens that walk, `(B, k, G, D)`, or of all, `(B, N, G, D)`.
             text: Of the text tokens, `(B, T, G, D)`, if they are attended to with the image and
                 walk in this step.
-            active: `(B, k)` image tokens that walk, or None for all, which starts the cache.
-            extrapolates: Whether to keep how they change.
-            gain: `(B, N)` float32, how much of its last change is added to each image token, 0
-                for those that walk.
+            walk: Of the main branch.
         """
-        fresh_start = self._kept is None
-        if active is None:
-            self._image_tokens = image.shape[1]
-            kept = self._room(image, self._image_tokens + (0 if text is None else text.shape[1]))
-            fresh_start = fresh_start or kept is not self._kept
-            self._kept = kept
-        assert self._kept is not None
-        if extrapolates and (self._changes is None or fresh_start):
-            like, shape = image.like, (image.shape[0], self._image_tokens, *image.shape[2:])
-            self._changes = normal_empty(like, shape).zero_(), normal_empty(like, shape).zero_()
+        assert self._kept is not None, "allocated before the first step"
         key, value = self._kept
         tokens = self._image_tokens
-        changes = self._changes if extrapolates and not fresh_start else None
-        image.put((key[:, :tokens], value[:, :tokens]), changes, active)
+        image.put((key[:, :tokens], value[:, :tokens]), self._changes, walk.active)
         if text is not None:
             text.put((key[:, tokens:], value[:, tokens:]), None, None)
-        if gain is None or self._changes is None:
+        if walk.gain is None or self._changes is None:
             return key, value
         carried = zip((key, value), self._changes)
-        key, value = (ras_kernels.carry_tokens(cache, change, gain) for cache, change in carried)
+        key, value = (
+            ras_kernels.carry_tokens(cache, change, walk.gain) for cache, change in carried
+        )
         return key, value
 
     def clear(self) -> None:
@@ -112,34 +125,6 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(cached.nbytes for cached in (*(self._kept or ()), *(self._changes or ())))
-
-    def _room(self, image: Rows | Projection, rows: int) -> KeyValue:
-        """The cache as it is if `image` fits, else a new one."""
-        like, shape = image.like, (image.shape[0], rows, *image.shape[2:])
-        if self._kept is not None:
-            old = self._kept[0]
-            if (old.shape, old.dtype, old.device) == (shape, like.dtype, like.device):
-                return self._kept
-        return normal_empty(like, shape), normal_empty(like, shape)
-
-
-def read(kept: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows `(B, k)` of `(B, N, ...)`, or all (None)."""
-    return kept if rows is None else ras_kernels.gather_tokens(kept, rows)
-
-
-def write(kept: Tensor, rows: Tensor | None, new: Tensor) -> None:
-    """Overwrite the rows `(B, k)` of `(B, N, ...)`, or all (None)."""
-    if rows is None:
-        kept.copy_(new)
-    else:
-        ras_kernels.scatter_tokens_(kept, rows, new)
-
-
-def normal_empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised tensor that may be written to both inside and outside inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 class RASAttnProcessor:

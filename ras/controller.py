@@ -6,6 +6,8 @@ import inspect
 import math
 import warnings
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -99,7 +101,7 @@ class Controller:
             self._transformer.register_forward_pre_hook(self._before_call, with_kwargs=True),
             self._transformer.register_forward_hook(self._after_call, always_call=True),
         ]
-        self._forward = ForwardSlot(self._transformer, _skipped)
+        self._forward = ForwardSlot(self._transformer, _answer)
         pipe = None if self._pipe is None else self._pipe()
         if self._watches_mask and hasattr(pipe, "prepare_mask_latents"):
             self._mask_watch = MaskWatch(pipe)
@@ -143,6 +145,7 @@ class Controller:
 
     # --- a call of the transformer ------------------------------------------------------------
 
+    @torch.compiler.disable
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -170,18 +173,20 @@ class Controller:
         gathered = self._adapter.gather_inputs(inputs, walk.active, reuse_text=walk.reuse_text)
         return ((), {**inputs, **gathered}) if gathered else None
 
-    def skipped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call that computes nothing returns, or None for one that does."""
+    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+        """What makes the output of a call that computes nothing, or None for one that does."""
         walk, run = self._walk, self._run
         if walk is None or run is None or not walk.skip:
             return None
         inputs = {**dict(zip(self._parameters, args)), **kwargs}
-        tokens = run.noise[walk.branch].predict(run.sigma, run.extrapolation(run.step))
-        noise = self._adapter.image_of(tokens, run.grid, self._transformer.config.patch_size)
-        if inputs.get("return_dict", True):
-            return Transformer2DModelOutput(sample=noise)
-        return (noise,)
+        return partial(self._predicted, walk, run.grid, inputs.get("return_dict", True))
 
+    def _predicted(self, walk: Walk, grid: tuple[int, int], return_dict: bool) -> Any:
+        tokens = walk.held.predict(walk.gain)
+        noise = self._adapter.image_of(tokens, grid, self._transformer.config.patch_size)
+        return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)
+
+    @torch.compiler.disable
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.serves(module):
             self._walk = None
@@ -257,34 +262,60 @@ class Controller:
             )
             return None
         run.branches.add(branch)
-        batch = len(inputs["hidden_states"])
-        begins = run.begun != run.step
+        latents: Tensor = inputs["hidden_states"]
+        batch, begins = len(latents), run.begun != run.step
         if branch:
-            if branch in run.noise and len(run.noise[branch].noise) != batch:
-                del run.noise[branch]
-            rows = None if run.rows is None else _for_batch(run.active, batch)
-            return Walk(branch, rows, skip=run.skips and branch in run.noise)
-        key = (batch, self._adapter.text_tokens(inputs), self._adapter.positions(inputs))
+            held = run.noise.get(branch)
+            known = held is not None and len(held.noise) == batch
+            rows = _for_batch(run.active, batch) if known and run.rows is not None else None
+            return self._walk_of(run, branch, latents, rows, skip=run.skips and known)
+        text_tokens = self._adapter.text_tokens(inputs)
+        key = (batch, text_tokens, self._adapter.positions(inputs))
         fits = _same(key, run.key)
         if not fits:
             self._free()
             run.key = key
+            if run.partial:
+                for layer in self._layers:
+                    layer.allocate(
+                        batch,
+                        run.regions,
+                        text_tokens,
+                        carries=self.config.kv_correction and run.extrapolates,
+                        dtype=_compute_dtype(latents),
+                        device=latents.device,
+                    )
         # All stages of a step are of one kind.
         partial = fits and (begins or run.rows is not None)
         run.rows = _for_batch(run.active, batch) if partial else None
         run.skips = fits and not run.counts[run.step] and (begins or run.skips)
+        return self._walk_of(run, branch, latents, run.rows, skip=run.skips)
+
+    def _walk_of(
+        self, run: Run, branch: tuple[int, ...], latents: Tensor, rows: Tensor | None, *, skip: bool
+    ) -> Walk:
+        """The walk of a call; its noise is noted as predicted anew."""
         held = run.noise.get(branch)
-        gain = None
-        if self.config.kv_correction and held is not None and run.rows is not None:
-            gain = held.gain(run.sigma, run.extrapolation(run.step))
-            gain = None if gain is None else gain.scatter(1, run.rows.long(), 0.0)
+        if held is None or len(held.noise) != len(latents):
+            columns = self._transformer.config.patch_size**2 * self._transformer.out_channels
+            run.noise[branch] = held = HeldNoise(
+                (len(latents), run.regions, columns),
+                _compute_dtype(latents),
+                latents.device,
+                extrapolates=run.extrapolates,
+            )
+        extrapolation = run.extrapolation(run.step)
+        if skip:
+            gain = held.gain(run.sigma, extrapolation)
+        else:
+            gain = held.expect(rows, run.sigma, extrapolation)
         return Walk(
             branch,
-            run.rows,
-            skip=run.skips,
+            held,
+            rows,
+            gain,
             caches=run.partial,
-            extrapolates=self.config.kv_correction and run.extrapolates,
-            gain=gain,
+            skip=skip,
             reuse_text=self.config.reuse_text,
         )
 
@@ -296,16 +327,12 @@ class Controller:
 
     def _leave(self, module: nn.Module, args: Any, noise: Tensor) -> Tensor:
         """Merge the fresh noise into the branch's cached one; never hand out the cache itself."""
-        walk, run = self._walk, self._run
-        if walk is None or run is None:
+        walk = self._walk
+        if walk is None:
             return noise
-        held = run.noise.get(walk.branch)
-        rows = walk.rows if held is not None and held.fits(noise) else None
-        if held is None or (rows is None and held.noise.shape != noise.shape):
-            run.noise[walk.branch] = held = HeldNoise(noise, extrapolates=run.extrapolates)
-        if rows is not None and not walk.main:
-            noise = ras_kernels.gather_tokens(noise, rows)
-        return held.merge(noise, rows, run.sigma, run.extrapolation(run.step))
+        if walk.rows is not None and not walk.main:
+            noise = ras_kernels.gather_tokens(noise, walk.rows)
+        return walk.held.merge(noise, walk.rows, walk.gain)
 
     # --- a step of the scheduler --------------------------------------------------------------
 
@@ -367,9 +394,18 @@ class Controller:
         return self._run.stats(self._runs, told)
 
 
-def _skipped(transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+@torch.compiler.disable
+def _answer(
+    transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[], Any] | None:
     controller = Controller.of(transformer)
-    return None if controller is None else controller.skipped(args, kwargs)
+    return None if controller is None else controller.answer(args, kwargs)
+
+
+def _compute_dtype(latents: Tensor) -> torch.dtype:
+    """What a transformer's layers return for latents."""
+    kind = latents.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else latents.dtype
 
 
 def _for_batch(active: Tensor | None, batch: int) -> Tensor | None:

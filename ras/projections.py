@@ -39,15 +39,6 @@ class Rows:
     value: Tensor
     finish: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.key.shape
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of their dtype and device."""
-        return self.key
-
     def put(self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None) -> None:
         """Write them to rows of the caches.
 
@@ -74,23 +65,11 @@ class Projection:
     Attributes:
         tokens: `(B, n, C)`.
         to_key, to_value: Plain layers.
-        heads: G.
     """
 
     tokens: Tensor
     to_key: nn.Linear
     to_value: nn.Linear
-    heads: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        width = self.to_key.out_features
-        return (*self.tokens.shape[:2], self.heads, width // self.heads)
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of their dtype and device."""
-        return self.tokens
 
     def put(self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None) -> None:
         """Write them to rows of the caches, see `Rows.put`."""
@@ -108,31 +87,6 @@ class Projection:
         )
 
 
-def queries(
-    tokens: Tensor,
-    layer: Any,
-    heads: int,
-    norm: Any,
-    *,
-    across_heads: bool = False,
-    rotary: Tensor | None = None,
-) -> Tensor:
-    """Tokens projected, normalised and turned.
-
-    Args:
-        tokens: `(B, n, C)`.
-        layer: The projection.
-        heads: Into which it is split.
-        norm: The module, or None.
-        across_heads: Whether the norm is over all heads of a token at once.
-        rotary: `(B or 1, n, D / 2)`, complex, or None.
-
-    Returns:
-        `(B, n, heads, D)`.
-    """
-    return finished(layer(tokens), heads, norm, across_heads=across_heads, rotary=rotary)
-
-
 def finished(
     projected: Tensor,
     heads: int,
@@ -141,19 +95,22 @@ def finished(
     across_heads: bool = False,
     rotary: Tensor | None = None,
 ) -> Tensor:
-    """What `queries` does after the projection, of `(B, n, heads * D)`."""
+    """Queries or keys after their projection: split into heads, normalised and turned.
+
+    Args:
+        projected: `(B, n, heads * D)`.
+        heads: See above.
+        norm: The module, or None.
+        across_heads: Whether the norm is over all heads of a token at once.
+        rotary: `(B or 1, n, D / 2)`, complex, or None.
+
+    Returns:
+        `(B, n, heads, D)`.
+    """
     finish = _finish(projected, norm, across_heads, rotary)
     if finish:
         return ras_kernels.norm_rotary(_heads(projected, heads), **finish)
-    if norm is not None and across_heads:
-        projected = norm(projected)
-    split = _heads(projected, heads)
-    if norm is not None and not across_heads:
-        split = norm(split)
-    if rotary is None:
-        return split
-    turned: Any = apply_rotary_emb(split, rotary, use_real=False)
-    return turned.to(projected.dtype)
+    return _by_modules(projected, heads, norm, across_heads, rotary)
 
 
 def keys_and_values(
@@ -166,15 +123,33 @@ def keys_and_values(
     across_heads: bool = False,
     rotary: Tensor | None = None,
 ) -> Rows | Projection:
-    """Keys and values of tokens, or what is needed to make them. The arguments are `queries`'s."""
+    """Keys and values of tokens, `(B, n, C)`, or what is needed to make them.
+
+    See `finished` for the other arguments.
+    """
     layers = to_key, to_value
     if norm is None and rotary is None and all(_is_plain_linear(each, tokens) for each in layers):
-        return Projection(tokens, to_key, to_value, heads)
+        return Projection(tokens, to_key, to_value)
     key, value = to_key(tokens), _heads(to_value(tokens), heads)
     finish = _finish(key, norm, across_heads, rotary)
     if finish:
         return Rows(_heads(key, heads), value, finish)
-    return Rows(finished(key, heads, norm, across_heads=across_heads, rotary=rotary), value)
+    return Rows(_by_modules(key, heads, norm, across_heads, rotary), value)
+
+
+def _by_modules(
+    projected: Tensor, heads: int, norm: Any, across_heads: bool, rotary: Tensor | None
+) -> Tensor:
+    """`finished`, as diffusers does it."""
+    if norm is not None and across_heads:
+        projected = norm(projected)
+    split = _heads(projected, heads)
+    if norm is not None and not across_heads:
+        split = norm(split)
+    if rotary is None:
+        return split
+    turned: Any = apply_rotary_emb(split, rotary, use_real=False)
+    return turned.to(projected.dtype)
 
 
 def _finish(
@@ -216,6 +191,7 @@ def _heads(projected: Tensor, heads: int) -> Tensor:
 
 
 def _put(kept: Tensor, changes: Tensor | None, index: Tensor | None, rows: Tensor) -> None:
+    rows = rows.to(kept.dtype)  # with autocast a norm may return another than its layer
     if changes is not None:
         ras_kernels.update_tokens_(kept, changes, index, rows)
     elif index is None:

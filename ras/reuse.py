@@ -13,73 +13,89 @@ from torch import Tensor
 
 import ras_kernels
 
-from .attention import normal_empty, read, write
 from .planner import carried, position
+from .tokens import normal_empty, read, write
 
 
 class HeldNoise:
-    """One branch's noise, `(B, N, C)`, and how each token's was changing."""
+    """One branch's noise, `(B, N, C)`, and how each token's was changing.
 
-    def __init__(self, noise: Tensor, *, extrapolates: bool) -> None:
-        """Room for noise of this shape and dtype; what it holds is written by `merge`."""
-        self.noise = normal_empty(noise, noise.shape)
+    A step that predicts noise calls `expect` before, and `merge` with what came of it; all that
+    `merge` does is on tensors, so that it may be part of a compiled transformer.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        extrapolates: bool,
+    ) -> None:
+        self.noise = normal_empty(shape, dtype, device)
         self._change: Tensor | None = None  # (B, N, C), v1 - v0
         self._since: Tensor | None = None  # (B, N) float32, t1
         self._gap: Tensor | None = None  # (B, N) float32, t1 - t0, or 0 if there is no v0
-        self._extrapolates = extrapolates
+        self._begun = False
+        if extrapolates:
+            # The first change is from nothing to something, and nobody is moved by it.
+            self.noise.zero_()
+            self._change = normal_empty(shape, dtype, device)
+            self._since = normal_empty(shape[:2], torch.float32, device)
+            self._gap = normal_empty(shape[:2], torch.float32, device).zero_()
 
-    def fits(self, noise: Tensor) -> bool:
-        """Whether noise of some tokens, `(B, k, C)`, belongs here."""
-        mine = self.noise
-        return (len(noise), noise.shape[2], noise.dtype) == (len(mine), mine.shape[2], mine.dtype)
+    def expect(self, rows: Tensor | None, sigma: float, extrapolation: float) -> Tensor | None:
+        """Note that tokens are going to be predicted anew at noise level `sigma`.
 
-    def merge(
-        self, fresh: Tensor, rows: Tensor | None, sigma: float, extrapolation: float
-    ) -> Tensor:
+        Args:
+            rows: `(B, k)`, or None for all.
+            sigma: See above.
+            extrapolation: See `gain`.
+
+        Returns:
+            g of each token in that step, `(B, N)` float32, which is 0 for `rows`; None where no
+            token is carried on.
+        """
+        if self._since is None or self._gap is None:
+            return None
+        place = position(sigma)
+        if self._begun:
+            since = read(self._since, rows)
+            write(self._gap, rows, place - since)
+            write(self._since, rows, torch.full_like(since, place))
+        else:
+            self._since.fill_(place)
+            self._begun = True
+        return None if rows is None else self.gain(sigma, extrapolation)
+
+    def merge(self, fresh: Tensor, rows: Tensor | None, gain: Tensor | None) -> Tensor:
         """Take in fresh noise and return that of all tokens, `(B, N, C)`.
 
         Args:
             fresh: `(B, k, C)`, of the tokens `rows`, or `(B, N, C)` of all.
             rows: `(B, k)`, or None for all.
-            sigma: The noise level that it was predicted at.
-            extrapolation: See `predict`.
+            gain: What `expect` returned.
         """
-        if not self._extrapolates and rows is not None:
-            return ras_kernels.merge_noise_(self.noise, rows, fresh)
-        if self._extrapolates and self._change is not None:
-            self._remember(rows, position(sigma))
+        if self._change is not None:
             ras_kernels.update_tokens_(self.noise, self._change, rows, fresh)
-        else:
-            write(self.noise, rows, fresh)
-            if self._extrapolates:
-                self._begin(position(sigma))
-        return fresh if rows is None else self.predict(sigma, extrapolation)
+            return fresh if rows is None else self.predict(gain)
+        if rows is None:
+            self.noise.copy_(fresh)
+            return fresh
+        return ras_kernels.merge_noise_(self.noise, rows, fresh)
 
-    def _begin(self, place: float) -> None:
-        """There is a first prediction of each token, and no change yet."""
-        column = self.noise[..., 0].float()
-        self._change = normal_empty(self.noise, self.noise.shape).zero_()
-        self._since = normal_empty(column, column.shape).fill_(place)
-        self._gap = normal_empty(column, column.shape).zero_()
-
-    def _remember(self, rows: Tensor | None, place: float) -> None:
-        """Note when the tokens `rows` are predicted anew."""
-        assert self._since is not None and self._gap is not None
-        since = read(self._since, rows)
-        write(self._gap, rows, place - since)
-        write(self._since, rows, torch.full_like(since, place))
-
-    def predict(self, sigma: float, extrapolation: float) -> Tensor:
-        """The noise of all tokens at noise level `sigma`, `(B, N, C)`; fresh tokens keep theirs."""
-        gain = self.gain(sigma, extrapolation)
+    def predict(self, gain: Tensor | None) -> Tensor:
+        """The noise of all tokens, `(B, N, C)`, carried on by `gain`, or as it is (None)."""
         if gain is None or self._change is None:
             return self.noise.clone()
         return ras_kernels.carry_tokens(self.noise, self._change, gain)
 
     def gain(self, sigma: float, extrapolation: float) -> Tensor | None:
-        """g of each token at noise level `sigma`, `(B, N)` float32, or None if all are 0."""
-        if not extrapolation or self._since is None or self._gap is None:
+        """g of each token at noise level `sigma`, `(B, N)` float32, or None if none changed yet."""
+        if self._since is None or self._gap is None:
             return None
+        if not extrapolation:
+            return torch.zeros_like(self._gap)
         ahead, behind = (position(sigma) - self._since).abs(), self._gap.abs()
         gain = carried(ahead, behind, extrapolation)
         # After two predictions at one noise level, as Heun's makes, there is no pace to carry on.

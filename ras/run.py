@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Walk, normal_empty
+from .attention import Walk
 from .config import RASConfig
 from .plan import Plan
 from .report import Stats
 from .reuse import HeldNoise
 from .selection import Selection
+from .tokens import normal_empty
 
 
 @dataclass
@@ -122,7 +123,8 @@ class Run:
         assert self.active is not None
         if self.active_counts is None or len(self.active_counts) != len(self.active):
             shape = (len(self.active), self.regions)
-            self.active_counts = normal_empty(self.active, shape).zero_()
+            active = self.active
+            self.active_counts = normal_empty(shape, active.dtype, active.device).zero_()
         self.active_counts.scatter_add_(1, self.active.long(), torch.ones_like(self.active))
 
     def stats(self, runs: int, warnings: tuple[str, ...]) -> Stats:

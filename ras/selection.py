@@ -15,14 +15,13 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 import ras_kernels
 
-from .attention import normal_empty, read, write
 from .config import RASConfig
 from .planner import position
+from .tokens import normal_empty
 
 
 class Selection:
@@ -31,9 +30,11 @@ class Selection:
     def __init__(self, config: RASConfig, patch_size: int) -> None:
         self._config, self._patch = config, patch_size
         self._ages: Tensor | None = None  # (S, N) steps that each region has waited
-        self._noise: Tensor | None = None  # (S, N, C) guided noise when it was last computed
-        self._pace: Tensor | None = None  # (S, N, 1) float32, rms change per unit of position
-        self._since: Tensor | None = None  # (S, N, 1) float32, position when last computed
+        # Drift: the guided noise of each region when it was last computed, `(S, C, height, width)`,
+        # its rms change per unit of position, and that position, both (S, N) float32.
+        self._noise: Tensor | None = None
+        self._pace: Tensor | None = None
+        self._since: Tensor | None = None
 
     def observe(self, noise: Tensor, rows: Tensor | None, sigma: float) -> None:
         """See the guided noise of a step that computed `rows`, `(S, k)`, or all tokens (None).
@@ -47,24 +48,25 @@ class Selection:
             if rows is None:
                 self._ages = None
             return
-        tokens = rearrange(
-            noise.float(), "s c (h p) (w q) -> s (h w) (p q c)", p=self._patch, q=self._patch
-        )
         place = position(sigma)
-        if self._noise is None or self._noise.shape != tokens.shape:
+        if self._noise is None or self._noise.shape != noise.shape:
             if rows is not None:
                 return
-            self._noise = normal_empty(tokens, tokens.shape).copy_(tokens)
-            column = (*tokens.shape[:2], 1)
-            self._pace = normal_empty(tokens, column).fill_(0)
-            self._since = normal_empty(tokens, column).fill_(place)
+            regions = len(noise), noise[0, 0].numel() // self._patch**2
+            self._noise = normal_empty(noise.shape, noise.dtype, noise.device).copy_(noise)
+            self._pace = normal_empty(regions, torch.float32, noise.device).fill_(0)
+            self._since = normal_empty(regions, torch.float32, noise.device).fill_(place)
             return
         assert self._pace is not None and self._since is not None
-        change = (tokens - self._noise).square().mean(dim=2, keepdim=True).sqrt()
-        pace = change / (place - self._since).abs().clamp_min(1e-6)
-        since = torch.full_like(self._since, place)
-        for kept, new in ((self._noise, tokens), (self._pace, pace), (self._since, since)):
-            write(kept, rows, read(new, rows))
+        ras_kernels.update_drift_(
+            self._noise,
+            self._pace,
+            self._since,
+            rows,
+            noise,
+            position=place,
+            patch_size=self._patch,
+        )
 
     def choose(
         self, noise: Tensor, count: int, sigma: float, masked: Tensor | None = None
@@ -86,7 +88,7 @@ class Selection:
                 return masked
         if self._config.metric == "drift":
             assert self._pace is not None and self._since is not None
-            scores = (self._pace * (position(sigma) - self._since).abs()).squeeze(2)
+            scores = ras_kernels.drift_scores(self._pace, self._since, position=position(sigma))
             if masked is not None:
                 scores = scores.scatter(1, masked.long(), math.inf)
             ages = torch.zeros_like(scores, dtype=torch.int32)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from .attention import RASAttnProcessor, Walk
@@ -64,6 +65,16 @@ class ProcessorSlot:
         if isinstance(self._attn.processor, RASAttnProcessor):
             self._attn.set_processor(_original(self._attn.processor))
 
+    def allocate(
+        self, batch: int, image_tokens: int, text_tokens: int, *, carries: bool, **kind: Any
+    ) -> None:
+        """Make room for the layer's keys and values; `kind` is their dtype and device."""
+        assert self._ours is not None
+        attn, size = self._attn, self._attn.inner_dim // self._attn.heads
+        shape = batch, image_tokens, attn.inner_kv_dim // size, size
+        joint = attn.added_kv_proj_dim is not None
+        self._ours.cache.allocate(shape, text_tokens if joint else 0, carries=carries, **kind)
+
     def clear(self) -> None:
         if self._ours is not None:
             self._ours.cache.clear()
@@ -81,17 +92,24 @@ class ForwardSlot:
     somebody has put another thing on top since.
     """
 
-    def __init__(self, transformer: nn.Module, answer: Callable[..., Any]) -> None:
-        """`answer(transformer, *args, **kwargs)` returns the output, or None to compute it."""
+    def __init__(
+        self, transformer: nn.Module, answer: Callable[..., Callable[[], Any] | None]
+    ) -> None:
+        """`answer(transformer, args, kwargs)` returns what makes the output, or None for `forward`.
+
+        Compilers do not look into `answer`, but into what it returns, as into `forward`: some
+        refuse a call in which there is nothing for them.
+        """
         self._transformer = transformer
         self._before = before = vars(transformer).get("forward")
         of = weakref.ref(transformer)  # a deep copy has this function too
 
+        @torch.compiler.disable(recursive=False)
         @functools.wraps(type(transformer).forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            output = answer(self, *args, **kwargs)
-            if output is not None:
-                return output
+            answered = answer(self, args, kwargs)
+            if answered is not None:
+                return answered()
             if before is None or self is not of():
                 return type(self).forward(self, *args, **kwargs)
             return before(*args, **kwargs)

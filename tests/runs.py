@@ -26,10 +26,12 @@ from pipelines import Recorder, normal
 
 import ras
 from ras.planner import position
+from ras.reuse import HeldNoise
 
 STEPS, START, RESETS = 8, 2, (5,)
 SPARSE = [2, 3, 4, 6, 7]
 SHARES = (1, 1, 0, 1, 0, 0, 1, 0)  # a plan with skipped steps
+DENSE_STEPS = (0, 1, 3, 6)  # of that plan
 CONFIG = ras.RASConfig.paper(scheduler_start_step=START, error_reset_steps=RESETS)
 
 
@@ -231,3 +233,18 @@ def drift_scores(updates, sigma, width=6):
             pace = (v1 - v0).square().mean().sqrt() / abs(t1 - t0)
             scores[s, r] = pace * abs(position(sigma) - t1)
     return scores
+
+
+def held_like(noise, extrapolates=True):
+    """Room for noise of this shape."""
+    return HeldNoise(noise.shape, noise.dtype, noise.device, extrapolates=extrapolates)
+
+
+def merged(held, fresh, rows, sigma, extrapolation):
+    """What comes out of a step at `sigma` that predicts `fresh` of the tokens `rows`."""
+    return held.merge(fresh, rows, held.expect(rows, sigma, extrapolation)).clone()
+
+
+def predicted(held, sigma, extrapolation):
+    """What comes out of a step that predicts nothing."""
+    return held.predict(held.gain(sigma, extrapolation))

@@ -12,13 +12,12 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from pipelines import normal
-from runs import Stop
+from runs import Stop, held_like, merged, predicted
 from test_undo import Snapshot, check_undone
 
 import ras
 from ras import calibration, cli
 from ras.planner import ErrorModel, covariance, plan_run, plan_speedup
-from ras.reuse import HeldNoise
 
 pytestmark = pytest.mark.filterwarnings("error::ras.RASWarning")
 
@@ -142,14 +141,14 @@ def test_factors_amount_to_the_models_gains():
     shares = (1, 0, 1, 1, 0, 0.5, 0)
     found = calibration.factors(model, sigmas, shares)
     assert [found[s] for s in (0, 1, 2, 3)] == [0, 0, 0, 0]
-    held = HeldNoise(torch.zeros(1, 1, 1), extrapolates=True)
+    held = held_like(torch.zeros(1, 1, 1))
     for step, noise in ((2, 0.0), (3, 1.0)):
-        held.merge(torch.full((1, 1, 1), noise), None, sigmas[step], 0.0)
+        merged(held, torch.full((1, 1, 1), noise), None, sigmas[step], 0.0)
     gains = model.gains(2, 3, np.arange(4, 7))
     for step, gain in zip((4, 5, 6), gains):
         low, high = calibration.FACTORS
         if low < found[step] < high:
-            assert held.predict(sigmas[step], found[step]).item() - 1 == pytest.approx(
+            assert predicted(held, sigmas[step], found[step]).item() - 1 == pytest.approx(
                 gain, abs=1e-3
             )
     assert any(calibration.FACTORS[0] < found[s] < calibration.FACTORS[1] for s in (4, 5, 6))

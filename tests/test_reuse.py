@@ -6,12 +6,11 @@ import pytest
 import torch
 from naive import relative_error
 from pipelines import normal
-from runs import drift_scores, gain
+from runs import drift_scores, gain, held_like, merged, predicted
 
 import ras
 import ras_kernels
 from ras.planner import position
-from ras.reuse import HeldNoise
 from ras.selection import Selection
 
 pytestmark = [
@@ -25,17 +24,17 @@ pytestmark = [
 
 def held_run(held, updates, extrapolation):
     """Merge `(sigma, rows, noise of all tokens)` one after another: what comes out each time."""
-    merged = []
+    found = []
     for sigma, rows, noise in updates:
         fresh = noise if rows is None else ras_kernels.gather_tokens(noise, rows)
-        merged.append(held.merge(fresh, rows, sigma, extrapolation).clone())
-    return merged
+        found.append(merged(held, fresh, rows, sigma, extrapolation))
+    return found
 
 
 def token_by_token(updates, extrapolation):
     """The same, token by token: each one's last two predictions and when they were."""
     batch, tokens, _ = updates[0][2].shape
-    latest, merged = {}, []
+    latest, found = {}, []
     for sigma, rows, noise in updates:
         t, out = position(sigma), torch.zeros_like(noise)
         for b, n in itertools.product(range(batch), range(tokens)):
@@ -47,8 +46,8 @@ def token_by_token(updates, extrapolation):
             if past is not None:
                 v0, t0 = past
                 out[b, n] += gain(abs(t - t1), abs(t1 - t0), extrapolation) * (v1 - v0)
-        merged.append(out)
-    return merged
+        found.append(out)
+    return found
 
 
 def some_updates(batch=2, tokens=5, channels=3):
@@ -64,41 +63,41 @@ def some_updates(batch=2, tokens=5, channels=3):
 @pytest.mark.parametrize("extrapolation", [-0.5, 0.3, 0.62, 1.0, 3.0])
 def test_reuse_is_the_formula_token_by_token(extrapolation):
     updates = some_updates()
-    held = HeldNoise(updates[0][2], extrapolates=True)
-    for merged, expected in zip(
+    held = held_like(updates[0][2])
+    for out, expected in zip(
         held_run(held, updates, extrapolation), token_by_token(updates, extrapolation)
     ):
-        assert relative_error(merged, expected) < 1e-5
-    for (sigma, rows, noise), merged in zip(updates, held_run(held, updates, extrapolation)):
+        assert relative_error(out, expected) < 1e-5
+    for (sigma, rows, noise), out in zip(updates, held_run(held, updates, extrapolation)):
         if rows is not None:  # what was computed comes out as it was
-            fresh = [ras_kernels.gather_tokens(each, rows) for each in (noise, merged)]
+            fresh = [ras_kernels.gather_tokens(each, rows) for each in (noise, out)]
             assert torch.equal(*fresh), sigma
 
 
 def test_reuse_between_updates():
     """`predict` alone changes nothing that is kept."""
     updates = some_updates()[:4]
-    held = HeldNoise(updates[0][2], extrapolates=True)
+    held = held_like(updates[0][2])
     held_run(held, updates, 0.62)
     nobody = torch.zeros(2, 0, dtype=torch.int64)
     for sigma in (0.5, 0.2, 0.5):
         at = [*updates, (sigma, nobody, updates[0][2])]
         expected = token_by_token(at, 0.62)[-1]
-        assert relative_error(held.predict(sigma, 0.62), expected) < 1e-5
+        assert relative_error(predicted(held, sigma, 0.62), expected) < 1e-5
 
 
 @pytest.mark.parametrize("extrapolates", [False, True])
 def test_held_noise_is_a_copy_to_the_bit(extrapolates):
     updates = some_updates()
-    held = HeldNoise(updates[0][2], extrapolates=extrapolates)
+    held = held_like(updates[0][2], extrapolates)
     latest = torch.zeros_like(updates[0][2])
-    for (_, rows, noise), merged in zip(updates, held_run(held, updates, 0.0)):
+    for (_, rows, noise), out in zip(updates, held_run(held, updates, 0.0)):
         for b in range(2):
             at = slice(None) if rows is None else rows[b]
             latest[b, at] = noise[b, at]
-        assert torch.equal(merged, latest)
-    assert torch.equal(held.predict(0.05, 0.0), latest)
-    assert held.predict(0.05, 0.0) is not held.noise
+        assert torch.equal(out, latest)
+    assert torch.equal(predicted(held, 0.05, 0.0), latest)
+    assert predicted(held, 0.05, 0.0) is not held.noise
 
 
 def test_a_straight_line_is_predicted_exactly():
@@ -107,29 +106,29 @@ def test_a_straight_line_is_predicted_exactly():
     def noise(sigma):
         return base + slope * position(sigma)
 
-    held = HeldNoise(base, extrapolates=True)
+    held = held_like(base)
     rows = torch.tensor([[0, 2], [1, 3]])
     held_run(held, [(s, r, noise(s)) for s, r in ((0.95, None), (0.8, None), (0.7, rows))], 1.0)
     for sigma in (0.6, 0.4, 0.1):
-        assert relative_error(held.predict(sigma, 1.0), noise(sigma)) < 1e-5
+        assert relative_error(predicted(held, sigma, 1.0), noise(sigma)) < 1e-5
 
 
 def test_a_second_prediction_at_the_same_level():
     """As of Heun's scheduler: the change is from the last one before; until then, none is known."""
     v = normal(4, 1, 4, 3)
-    held = HeldNoise(v[0], extrapolates=True)
+    held = held_like(v[0])
     held_run(held, [(0.95, None, v[3]), (0.9, None, v[0]), (0.9, None, v[1])], 0.62)
-    assert torch.equal(held.predict(0.4, 0.62), v[1])
-    held.merge(v[2], None, 0.7, 0.62)
+    assert torch.equal(predicted(held, 0.4, 0.62), v[1])
+    merged(held, v[2], None, 0.7, 0.62)
     t0, t1, t = (position(sigma) for sigma in (0.9, 0.7, 0.4))
     expected = v[2] + gain(abs(t - t1), abs(t1 - t0), 0.62) * (v[2] - v[1])
-    assert relative_error(held.predict(0.4, 0.62), expected) < 1e-5
+    assert relative_error(predicted(held, 0.4, 0.62), expected) < 1e-5
 
 
 def test_one_prediction_is_all_there_is_to_reuse():
-    held = HeldNoise(normal(1, 4, 3), extrapolates=True)
-    held.merge(normal(1, 4, 3), None, 1.0, 0.62)
-    assert torch.equal(held.predict(0.5, 0.62), normal(1, 4, 3))
+    held = held_like(normal(1, 4, 3))
+    merged(held, normal(1, 4, 3), None, 1.0, 0.62)
+    assert torch.equal(predicted(held, 0.5, 0.62), normal(1, 4, 3))
 
 
 # --- drift ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 import ras_kernels
 
 from ..attention import RASAttnProcessor
-from ..projections import keys_and_values, queries
+from ..projections import finished, keys_and_values
 from .base import Adapter
 
 
@@ -57,9 +57,8 @@ class LuminaAttnProcessor(RASAttnProcessor):
                 key_rotary_emb,
                 base_sequence_length,
             )
-        query = queries(
-            hidden_states,
-            attn.to_q,
+        query = finished(
+            attn.to_q(hidden_states),
             attn.heads,
             attn.norm_q,
             across_heads=True,
@@ -74,14 +73,14 @@ class LuminaAttnProcessor(RASAttnProcessor):
             across_heads=True,
             rotary=key_rotary_emb,
         )
-        key, value = self.cache.update(
-            rows, None, walk.active, extrapolates=walk.extrapolates, gain=walk.gain
-        )
+        key, value = self.cache.update(rows, None, walk)
         scale = attn.scale
         if base_sequence_length is not None:
             scale *= math.sqrt(math.log(key.shape[1], base_sequence_length))
         mask = None if attention_mask is None else attention_mask.bool()
-        return ras_kernels.sparse_attention(query, key, value, key_mask=mask, scale=scale)
+        return ras_kernels.sparse_attention(
+            query.to(key.dtype), key, value, key_mask=mask, scale=scale
+        )
 
 
 class LuminaNext(Adapter):

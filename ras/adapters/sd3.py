@@ -19,7 +19,7 @@ from torch import Tensor
 import ras_kernels
 
 from ..attention import RASAttnProcessor
-from ..projections import Projection, Rows, keys_and_values, queries
+from ..projections import Projection, Rows, finished, keys_and_values
 from .base import Adapter
 
 
@@ -54,13 +54,11 @@ class SD3AttnProcessor(RASAttnProcessor):
         text_query, text = None, None
         if encoder_hidden_states is not None and encoder_hidden_states.shape[1]:
             text_query, text = _text_projections(attn, encoder_hidden_states, fused)
-        key, value = self.cache.update(
-            image, text, walk.active, extrapolates=walk.extrapolates, gain=walk.gain
-        )
+        key, value = self.cache.update(image, text, walk)
         tokens = query.shape[1]
         if text_query is not None and not attn.context_pre_only:
             query = torch.cat([query, text_query], dim=1)
-        output = ras_kernels.sparse_attention(query, key, value)
+        output = ras_kernels.sparse_attention(query.to(key.dtype), key, value)
         image_output = _out(attn, output[:, :tokens])
         if encoder_hidden_states is None:
             return image_output
@@ -74,7 +72,7 @@ def _image_projections(
 ) -> tuple[Tensor, Rows | Projection]:
     if fused:  # diffusers' fused processor leaves the norms out
         return _split(attn, attn.to_qkv(hidden_states))
-    query = queries(hidden_states, attn.to_q, attn.heads, attn.norm_q)
+    query = finished(attn.to_q(hidden_states), attn.heads, attn.norm_q)
     return query, keys_and_values(hidden_states, attn.to_k, attn.to_v, attn.heads, attn.norm_k)
 
 
@@ -84,7 +82,7 @@ def _text_projections(
     if fused:
         return _split(attn, attn.to_added_qkv(hidden_states))
     heads = attn.heads
-    query = queries(hidden_states, attn.add_q_proj, heads, attn.norm_added_q)
+    query = finished(attn.add_q_proj(hidden_states), heads, attn.norm_added_q)
     layers = attn.add_k_proj, attn.add_v_proj
     return query, keys_and_values(hidden_states, *layers, heads, attn.norm_added_k)
 

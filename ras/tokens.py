@@ -1,0 +1,27 @@
+"""Tensors with a row per token: all of them, or some."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import ras_kernels
+
+
+def read(kept: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows `(B, k)` of `(B, N, ...)`, or all (None)."""
+    return kept if rows is None else ras_kernels.gather_tokens(kept, rows)
+
+
+def write(kept: Tensor, rows: Tensor | None, new: Tensor) -> None:
+    """Overwrite the rows `(B, k)` of `(B, N, ...)`, or all (None)."""
+    if rows is None:
+        kept.copy_(new)
+    else:
+        ras_kernels.scatter_tokens_(kept, rows, new)
+
+
+def normal_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor that may be written to both inside and outside inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)
