@@ -1,15 +1,21 @@
 """Time a pipeline's whole denoising loop, dense and with RAS, in turn.
 
     python -m benchmarks.end_to_end
+    python -m benchmarks.end_to_end --family lumina --layers 24 --image-tokens 4096 --guidance
     python -m benchmarks.end_to_end --layers 1 --image-tokens 64 --steps 8 --pairs 1
 
-The pipeline is a `StableDiffusion3Pipeline` around a transformer of random weights and of the
-shape that the options give; by default SD3-medium's, cut to 4 layers. Dense means not enabled. A
-round is one dense run and one with each ratio; speed-ups are ratios within a round, of which the
-median is given, and an interval that holds it with at least 95 % confidence (order statistics of
-the binomial; the whole range if there are fewer than 6 rounds). The ceiling is
-`steps / (dense + sparse * (k + T) / (N + T))` for N image tokens, T text tokens and k tokens
-in a sparse step.
+The pipeline is diffusers' own around a transformer of random weights and of the shape that the
+options give; by default SD3-medium's or Lumina-Next-T2I's, cut to 4 layers. Dense means not
+enabled. A round is one dense run and one with each setting: the paper's schedule with each ratio,
+and the plan that `ras` makes by itself for each speed-up. Speed-ups are ratios within a round, of
+which the median is given, and an interval that holds it with at least 95 % confidence (order
+statistics of the binomial; the whole range if there are fewer than 6 rounds). The ceiling is
+`steps / (dense + sparse * (k + T) / (N + T))` for N image tokens, T text tokens that walk with them
+and k image tokens in a sparse step; skipped steps cost nothing. Peak memory is the most that
+PyTorch's tensors took up on the GPU in a run, weights included.
+
+`--compile` compiles each block of the transformer by itself, in runs that are not timed. A timed
+run that needs another compilation is an error.
 """
 
 from __future__ import annotations
@@ -20,156 +26,145 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 
 import ras
 import ras_kernels
 
+from .families import FAMILIES
+from .tables import NOT_MEASURED, cells
 from .timing import device_name
+from .untrained import DTYPES, build, inputs
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+WARM_UP_STEPS = 6  # enough for a sparse step
+TITLES = (
+    "setting",
+    "dense + sparse + skipped steps",
+    "speed-up (95 %)",
+    "ceiling",
+    "quotient",
+    "caches, MB",
+    "peak memory, MB",
+)
+
+Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark on the command line `argv` (default: the process's own)."""
+    began = time.perf_counter()
     options = parse(argv)
-    pipe = build(options)
-    call = inputs(options)
-    configs = {
-        ratio: ras.RASConfig.paper(sample_ratio=ratio, error_reset_steps=options.resets)
-        for ratio in options.ratios
-    }
     report: dict[str, Any] = {
+        **{name: value for name, value in vars(options).items() if name not in ("json", "out")},
         "device": device_name(options.device),
         "kernels": ras_kernels.backend(options.device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        **{name: value for name, value in vars(options).items() if name != "json"},
-        "rows": measure(pipe, call, configs, options),
+        **measure(build(options), inputs(options), settings(options), options, began),
     }
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(
-        f"{report['device']}, torch {report['torch']}, {report['threads']} threads, "
-        f"{options.dtype}; {options.layers} layers of {options.heads} heads of "
-        f"{options.head_dim}, {options.image_tokens} image and {options.text_tokens} text tokens, "
-        f"batch {options.batch}, {options.steps} steps, {options.pairs} rounds"
-    )
-    print("| ratio | dense + sparse steps | speed-up (95 %) | ceiling | quotient | caches, MB |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for row in report["rows"]:
-        low, high = row["interval"]
-        print(
-            f"| {row['ratio']:g} | {row['steps_dense']} + {row['steps_sparse']} "
-            f"| {row['speedup']:.3f} ({low:.3f} to {high:.3f}) | {row['ceiling']:.3f} "
-            f"| {row['speedup'] / row['ceiling']:.3f} | {row['cache_bytes'] / 1e6:.1f} |"
-        )
+    written = json.dumps(report, indent=1)
+    if options.out:
+        options.out.write_text(written, encoding="utf-8")
+    print(written if options.json else table(report))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.end_to_end", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
+    add("--family", choices=FAMILIES, default="sd3", help="gives what is left out below")
     add("--layers", type=int, default=4)
-    add("--heads", type=int, default=24)
-    add("--head-dim", type=int, default=64)
+    add("--heads", type=int)
+    add("--head-dim", type=int)
     add("--image-tokens", type=int, default=1024, help="a square number")
-    add("--text-tokens", type=int, default=333)
-    add("--batch", type=int, default=1, help="the transformer's batch, guidance being off")
-    add("--steps", type=int, default=28)
-    add("--resets", type=int, nargs="*", default=[12, 20])
-    add("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.125])
-    add("--pairs", type=int, default=7, help="rounds of one dense run and one of each ratio")
+    add("--text-tokens", type=int)
+    add("--batch", type=int, default=1, help="images of a run")
+    add("--guidance", action="store_true", help="doubles the transformer's batch")
+    add("--steps", type=int)
+    add("--resets", type=int, nargs="*")
+    add("--ratios", type=float, nargs="*", default=[0.5, 0.25, 0.125], help="the paper's schedule")
+    add("--speedups", type=float, nargs="*", default=[], help="plans that ras makes by itself")
+    add("--pairs", type=int, default=7, help="rounds of one dense run and one of each setting")
+    add("--seconds", type=float, help="after which no other round begins")
+    add("--compile", nargs="?", const="inductor", metavar="BACKEND")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", action="store_true")
+    add("--json", action="store_true", help="print JSON, not a table")
+    add("--out", type=Path, help="a file for the JSON")
     options = parser.parse_args(argv)
     if math.isqrt(options.image_tokens) ** 2 != options.image_tokens:
         parser.error(f"--image-tokens must be a square number, got {options.image_tokens}")
+    family = FAMILIES[options.family]
+    for name in ("heads", "head_dim", "text_tokens", "steps", "resets"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(family, name))
     return options
 
 
-def build(options: argparse.Namespace) -> StableDiffusion3Pipeline:
-    """The pipeline, without text encoders and autoencoder: only the loop is timed."""
-    torch.manual_seed(0)
-    width = options.heads * options.head_dim
-    side = math.isqrt(options.image_tokens)
-    transformer = SD3Transformer2DModel(
-        sample_size=2 * side,
-        num_layers=options.layers,
-        num_attention_heads=options.heads,
-        attention_head_dim=options.head_dim,
-        caption_projection_dim=width,
-        pos_embed_max_size=max(192, side),
-    ).to(options.device, DTYPES[options.dtype])
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **dict.fromkeys(("vae", *ENCODERS, *TOKENIZERS)),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def settings(options: argparse.Namespace) -> dict[str, ras.RASConfig]:
+    """What is timed beside the dense runs, by name."""
+    paper = {
+        f"{ratio:g}": ras.RASConfig.paper(sample_ratio=ratio, error_reset_steps=options.resets)
+        for ratio in options.ratios
+    }
+    return paper | {f"speedup={s:g}": ras.RASConfig(speedup=s) for s in options.speedups}
 
 
-def inputs(options: argparse.Namespace) -> dict[str, Any]:
-    """The call's arguments: random text, random noise, latents out."""
-    kind = dict(device=options.device, dtype=DTYPES[options.dtype])
-    side = 2 * math.isqrt(options.image_tokens)
-    return dict(
-        prompt_embeds=torch.randn(options.batch, options.text_tokens, 4096, **kind),
-        pooled_prompt_embeds=torch.randn(options.batch, 2048, **kind),
-        latents=torch.randn(options.batch, 16, side, side, **kind),
-        height=8 * side,
-        width=8 * side,
-        guidance_scale=1.0,
-        output_type="latent",
-        num_inference_steps=options.steps,
-    )
+class Run(NamedTuple):
+    """Seconds, and bytes of GPU memory where there is a GPU."""
+
+    seconds: float
+    peak: int | None
 
 
 def measure(
-    pipe: StableDiffusion3Pipeline,
+    pipe: Any,
     call: dict[str, Any],
-    configs: dict[float, ras.RASConfig],
+    configs: dict[str, ras.RASConfig],
     options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """One row per ratio. Runs go dense, first ratio, second ratio, …, dense, …"""
-    ratios: dict[float, list[float]] = {ratio: [] for ratio in configs}
-    rows: dict[float, dict[str, Any]] = {}
-    warm_up = {**call, "num_inference_steps": min(options.steps, 6)}
-    seconds(pipe, warm_up, options.device)
+    began: float,
+) -> dict[str, Any]:
+    """The dense runs, and a row per setting. Runs go dense, first setting, second, …, dense, …"""
+    dense: list[Run] = []
+    enabled: dict[str, list[Run]] = {name: [] for name in configs}
+    rows: dict[str, Row] = {}
+    # Compiled code may be missed as late as in a whole run's last step.
+    steps = options.steps if options.compile else min(options.steps, WARM_UP_STEPS)
+    warm_up = {**call, "num_inference_steps": steps}
+    run(pipe, warm_up, options.device)
     for config in configs.values():
         with ras.enabled(pipe, config):
-            seconds(pipe, warm_up, options.device)
-    for _ in range(options.pairs):
-        dense = seconds(pipe, call, options.device)
-        for ratio, config in configs.items():
-            with ras.enabled(pipe, config):
-                ratios[ratio].append(dense / seconds(pipe, call, options.device))
-                rows[ratio] = describe(ras.stats(pipe))
-    for ratio, row in rows.items():
+            run(pipe, warm_up, options.device)
+    last = math.inf if options.seconds is None else began + options.seconds
+    with torch.compiler.set_stance("fail_on_recompile") if options.compile else nullcontext():
+        while not dense or (len(dense) < options.pairs and time.perf_counter() < last):
+            dense.append(run(pipe, call, options.device))
+            for name, config in configs.items():
+                with ras.enabled(pipe, config):
+                    enabled[name].append(run(pipe, call, options.device))
+                    rows[name] = describe(ras.stats(pipe))
+    for name, row in rows.items():
+        ratios = [plain.seconds / ours.seconds for plain, ours in zip(dense, enabled[name])]
         row |= {
-            "ratio": ratio,
-            "speedup": statistics.median(ratios[ratio]),
-            "interval": median_interval(ratios[ratio]),
+            "setting": name,
+            "speedup": statistics.median(ratios),
+            "interval": median_interval(ratios),
+            **summary(enabled[name]),
         }
-    return list(rows.values())
+    return {"rounds": len(dense), "dense": summary(dense), "rows": list(rows.values())}
 
 
-def seconds(pipe: StableDiffusion3Pipeline, call: dict[str, Any], device: str) -> float:
+def run(pipe: Any, call: dict[str, Any], device: str) -> Run:
+    gpu = torch.device(device).type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     start = clock(device)
     pipe(**call)
-    return clock(device) - start
+    return Run(clock(device) - start, torch.cuda.max_memory_allocated(device) if gpu else None)
 
 
 def clock(device: str) -> float:
@@ -179,12 +174,20 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def describe(stats: ras.Stats) -> dict[str, Any]:
+def describe(stats: ras.Stats) -> Row:
     return {
         "steps_dense": stats.steps_dense,
         "steps_sparse": stats.steps_sparse,
+        "steps_skipped": stats.steps_skipped,
         "ceiling": stats.speedup_ceiling,
         "cache_bytes": stats.cache_bytes,
+    }
+
+
+def summary(runs: Sequence[Run]) -> Row:
+    return {
+        "seconds": statistics.median(one.seconds for one in runs),
+        "peak_bytes": max((one.peak for one in runs if one.peak is not None), default=None),
     }
 
 
@@ -198,6 +201,43 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     chances = [math.comb(n, i) / 2**n for i in range(n)]
     rank = max((i for i in range(n // 2) if 2 * sum(chances[: i + 1]) <= 0.05), default=0)
     return ordered[rank], ordered[n - 1 - rank]
+
+
+def table(report: dict[str, Any]) -> str:
+    """What was run, and a row per setting."""
+    code = f"compiled by {report['compile']}" if report["compile"] else "eager"
+    guided = "with" if report["guidance"] else "without"
+    lines = [
+        f"{report['device']}, torch {report['torch']}, {report['threads']} threads, "
+        f"{report['dtype']}, {code}; {FAMILIES[report['family']].title}, {report['layers']} layers "
+        f"of {report['heads']} heads of {report['head_dim']}, {report['image_tokens']} image and "
+        f"{report['text_tokens']} text tokens, batch {report['batch']} {guided} guidance, "
+        f"{report['steps']} steps, {report['rounds']} rounds. A dense run: "
+        f"{report['dense']['seconds']:.3f} s, peak memory {megabytes(report['dense'])}.",
+        "",
+        cells([*TITLES]),
+        cells(["---"] * len(TITLES)),
+    ]
+    for row in report["rows"]:
+        low, high = row["interval"]
+        lines.append(
+            cells(
+                [
+                    row["setting"],
+                    f"{row['steps_dense']} + {row['steps_sparse']} + {row['steps_skipped']}",
+                    f"{row['speedup']:.3f} ({low:.3f} to {high:.3f})",
+                    f"{row['ceiling']:.3f}",
+                    f"{row['speedup'] / row['ceiling']:.3f}",
+                    f"{row['cache_bytes'] / 1e6:.1f}",
+                    megabytes(row),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def megabytes(row: Row) -> str:
+    return NOT_MEASURED if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ product of large matrices. What a way writes may stay in the cache, so that smal
 above the copy.
 
 Writes kernels.json, table.md and a plot for each op into a folder of the device's name in `--out`.
-`--quick` measures each for a shorter time. `--tiny` tries the program out on the CPU at toy sizes.
+`--quick` measures each for a shorter time, and `--seconds` begins no other job after so many: those
+of SD3 at 1024 px come first. `--tiny` tries the program out on the CPU at toy sizes.
 
 Without a GPU nothing is measured. Then the table gives the jobs' floors on `--chip`, which are
 arithmetic with its data sheet, and what the compiled code of the kernels takes up there.
@@ -25,7 +26,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
+import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from ras_kernels import _triton
 
 from .chips import CHIPS, floor_us
 from .jobs import DTYPE, JOBS, SHAPES, TINY_SHAPES, Shape, Way, prepare
-from .tables import COLOURS, cells, save
+from .tables import COLOURS, cells, folder_name, save
 from .timing import Timer, Times, device_name
 
 OURS = "ras_kernels"
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="finish in under four minutes")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all jobs, about")
     parser.add_argument("--tiny", action="store_true", help="try the program out on the CPU")
     parser.add_argument("--chip", choices=CHIPS, default="H100", help="for floors without a GPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -66,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(known(options.chip))
         return
-    results = measure(timer, TINY_SHAPES if options.tiny else SHAPES, tiny=options.tiny)
-    folder = options.out / re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")
+    shapes = TINY_SHAPES if options.tiny else SHAPES
+    results = measure(timer, shapes, tiny=options.tiny, seconds=options.seconds)
+    folder = options.out / folder_name(results["device"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     (folder / "table.md").write_text(table(results), encoding="utf-8")
@@ -79,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 # --- with a GPU -----------------------------------------------------------------------------------
 
 
-def measure(timer: Timer, shapes: Sequence[Shape], tiny: bool) -> dict[str, Any]:
+def measure(timer: Timer, shapes: Sequence[Shape], tiny: bool, seconds: float) -> dict[str, Any]:
     """Time all jobs; a row for each way of each."""
+    began = time.perf_counter()
     results: dict[str, Any] = {
         "device": device_name(str(timer.device)),
         "tiny": tiny,
@@ -91,12 +96,18 @@ def measure(timer: Timer, shapes: Sequence[Shape], tiny: bool) -> dict[str, Any]
         "l2_bytes": timer.l2,
         "copy_gb_s": timer.copy_ceiling(TINY_COPIED if tiny else COPIED),
         "matmul_tflop_s": timer.matmul_ceiling(TINY_SIDE if tiny else SIDE, DTYPE),
+        "left_out": 0,
         "rows": [],
     }
-    for shape in tqdm(shapes, unit="shape", disable=tiny):
-        for op in JOBS:
-            results["rows"] += time_job(timer, op, shape)
-            gc.collect()  # of jobs, whose functions refer to them
+    jobs = [(op, shape) for shape in shapes for op in JOBS]
+    gc.freeze()  # what there is by now is none of the jobs' garbage, and takes long to look through
+    for op, shape in tqdm(jobs, unit="job", disable=tiny):
+        if time.perf_counter() - began > seconds:
+            results["left_out"] += 1
+            continue
+        results["rows"] += time_job(timer, op, shape)
+        gc.collect()  # of jobs, whose functions refer to them
+    gc.unfreeze()
     return results
 
 
@@ -180,6 +191,8 @@ def table(results: dict[str, Any]) -> str:
     ]
     if results["tiny"]:
         lines += ["", "**A trial of the program at toy sizes: the figures say nothing.**"]
+    if results["left_out"]:
+        lines += ["", f"The time was up before {results['left_out']} jobs, which are not measured."]
     for op in JOBS:
         lines += ["", f"## {op}", "", headline(JOBS[op].__doc__), ""]
         lines += [cells([*TITLES]), cells(["---"] * len(TITLES))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -10,10 +11,17 @@ from PIL import Image
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C", "#B8A900")
 
+NOT_MEASURED = "not measured"  # in a cell
+
 
 def cells(entries: list[str]) -> str:
     """A row of a table in Markdown."""
     return "| " + " | ".join(entries) + " |"
+
+
+def folder_name(device: str) -> str:
+    """A device's name as that of a folder of results."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ras_kernels import __version__
 
-from .api import disable, enable, enabled, is_enabled, plan, stats
+from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, plan, stats
 from .calibration import calibrate
 from .config import RASConfig
 from .controller import RASWarning
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "bundled_model",
     "calibrate",
+    "compile_repeated_blocks",
     "disable",
     "enable",
     "enabled",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
@@ -123,6 +125,33 @@ def stats(model: object) -> Stats:
     if controller is None:
         raise ValueError(f"this {type(model).__name__} is not enabled; call ras.enable on it first")
     return controller.stats()
+
+
+def compile_repeated_blocks(model: Model, **options: Any) -> Model:
+    """Have each block of a transformer compiled by itself, in place, before or after `enable`.
+
+    Blocks of one kind share their code: with `enable`, a dense and a sparse graph for each kind.
+    It is what diffusers' method of this name does for models that list their repeated blocks.
+
+    Args:
+        model: A `DiffusionPipeline` or a bare transformer.
+        **options: Those of `torch.compile`, such as `fullgraph=True` or `mode="reduce-overhead"`.
+            Where PyTorch takes a `recompile_limit`, it is 64 unless given: its own, 8, is less
+            than the graphs of a model of three kinds of block.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: The pipeline or its transformer is not supported.
+    """
+    transformer: Any = _transformer(model)
+    blocks = getattr(transformer, adapter_for(transformer).blocks)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options = {"recompile_limit": 64, **options}
+    for block in blocks:
+        block.compile(**options)
+    return model
 
 
 def plan(

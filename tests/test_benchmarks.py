@@ -10,20 +10,49 @@ from PIL import Image
 
 import ras
 from benchmarks import elsewhere, end_to_end, inpainting, judge, kernels, plans, scenes, train
+from benchmarks.families import FAMILIES
 from benchmarks.jobs import JOBS, LUMINA, SD3, prepare
+
+TINY = ["--layers=1", "--heads=4", "--head-dim=8", "--image-tokens=16", "--text-tokens=3"]
+TINY += ["--steps=6", "--resets", "5", "--ratios", "0.5", "0.25", "--pairs=2", "--device=cpu"]
 
 
 def test_end_to_end(capsys):
-    shape = ["--layers=1", "--heads=1", "--head-dim=8", "--image-tokens=16", "--text-tokens=3"]
-    run = ["--steps=6", "--resets", "5", "--ratios", "0.5", "0.25", "--pairs=2", "--device=cpu"]
-    end_to_end.main([*shape, *run])
+    end_to_end.main(TINY)
     table = capsys.readouterr().out.splitlines()
-    assert table[-2].startswith("| 0.5 | 5 + 1 |") and table[-1].startswith("| 0.25 | 5 + 1 |")
-    end_to_end.main([*shape, *run, "--json"])
+    assert table[-2].startswith("| 0.5 | 5 + 1 + 0 |") and table[-1].startswith(
+        "| 0.25 | 5 + 1 + 0 |"
+    )
+    assert table[-1].endswith("| not measured |")  # the peak of memory
+    end_to_end.main([*TINY, "--json"])
     row = json.loads(capsys.readouterr().out)["rows"][0]
     assert row["ceiling"] == pytest.approx(6 / (5 + (8 + 3) / (16 + 3)))
-    keys_and_values, noise = 2 * (16 + 3) * 8 * 4, 16 * 64 * 4
+    keys_and_values, noise = 2 * (16 + 3) * 32 * 4, 16 * 64 * 4
     assert row["cache_bytes"] == keys_and_values + noise
+
+
+def test_end_to_end_of_lumina_with_guidance_and_a_plan(tmp_path, capsys):
+    out = tmp_path / "report.json"
+    more = ["--family=lumina", "--guidance", "--speedups=2", "--seconds=0", "--out", str(out)]
+    end_to_end.main([*TINY, *more])
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["rounds"] == 1  # since the time is up
+    half, quarter, planned = report["rows"]
+    assert half["ceiling"] == pytest.approx(6 / (5 + 8 / 16))
+    assert [row["setting"] for row in report["rows"]] == ["0.5", "0.25", "speedup=2"]
+    assert (planned["steps_dense"], planned["steps_skipped"]) == (3, 3)
+    for row in (half, quarter, planned):
+        assert row["speedup"] == pytest.approx(report["dense"]["seconds"] / row["seconds"])
+    keys_and_values, noise = 2 * 2 * 16 * 8 * 4, 2 * 16 * 32 * 4  # one head of keys, two branches
+    assert half["cache_bytes"] == keys_and_values + noise
+
+
+@pytest.mark.parametrize("name, family", FAMILIES.items())
+def test_ceilings_of_the_published_models(name, family, capsys):
+    options = end_to_end.parse([f"--family={name}", "--ratios", "0.75", "0.125"])
+    for ratio, config in zip(options.ratios, end_to_end.settings(options).values()):
+        plan = ras.plan(config, options.steps)
+        assert family.ceiling(ratio) == pytest.approx(plan.speedup(4096, family.walking_text))
 
 
 def test_median_interval():
@@ -115,6 +144,12 @@ def test_kernels(tmp_path, capsys):
     failed = {row["way"] for row in results["rows"] if "error" in row}
     assert failed <= {"SDPA, cuDNN", "SDPA, efficient", "SDPA, flash"}  # which a CPU may lack
     assert all(f"| **{kernels.OURS}** | " in line for line in table.splitlines() if "**ras" in line)
+
+
+def test_kernels_for_which_there_is_no_time(tmp_path, capsys):
+    kernels.main(["--tiny", "--seconds=0", "--out", str(tmp_path)])
+    left = 2 * len(JOBS)
+    assert f"The time was up before {left} jobs, which are not measured." in capsys.readouterr().out
 
 
 def test_a_way_that_fails_or_differs_is_told_from_the_others(monkeypatch):

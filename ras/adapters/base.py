@@ -16,6 +16,7 @@ class Adapter(ABC):
     """Where tokens enter, attend and leave. `inputs` are the arguments of `forward`, by name."""
 
     model: type
+    blocks: str  # the list of those that repeat
     enter: str  # the submodule whose output is the embedded tokens
     leave: str  # the submodule whose output is the tokens' noise
     processor: type[RASAttnProcessor]

@@ -87,6 +87,7 @@ class LuminaNext(Adapter):
     """`LuminaNextDiT2DModel`."""
 
     model = LuminaNextDiT2DModel
+    blocks = "layers"
     enter = "patch_embedder"
     leave = "norm_out"
     processor = LuminaAttnProcessor

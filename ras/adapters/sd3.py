@@ -104,6 +104,7 @@ class SD3(Adapter):
     """`SD3Transformer2DModel` with all that its pipelines and ControlNet hand it."""
 
     model = SD3Transformer2DModel
+    blocks = "transformer_blocks"
     enter = "pos_embed"
     leave = "proj_out"
     processor = SD3AttnProcessor

@@ -1,0 +1,309 @@
+"""Everything that a GPU is needed for, part by part: tests, kernels, whole pipelines, the README.
+
+    python -m benchmarks.gpu
+    python -m benchmarks.gpu --quick
+    python -m benchmarks.gpu --tiny --out /tmp/rehearsal
+
+Each part is a process of its own with a limit on its time; what it leaves of that goes to the next.
+One that fails does not keep the others from running: the exit status is 1 at the end. A part's JSON
+and log lie in the folder `parts` of the GPU's folder in `--out`; one that has succeeded with the
+same settings is not run again, so that an interrupted run goes on where it was. Pipelines are those
+of `benchmarks.end_to_end` with all layers, at 1024 x 1024 px with guidance, eager and with compiled
+blocks, in fp16 and bf16. Then the plots and the README's table are made of all that JSON, which
+`python -m benchmarks.gpu_table` does alone.
+
+`--quick` ends within nine minutes: fewer rounds, of each model the dtype of the paper alone, and as
+many kernels and tests as there is time for. `--tiny` rehearses that on a CPU, at toy sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from . import gpu_table
+from .families import FAMILIES, IMAGE_TOKENS, LAYERS
+from .gpu_table import DTYPES, MODES, RATIOS
+from .tables import cells, folder_name
+
+ROOT = Path(__file__).parents[1]
+LOOK = 20  # seconds to see what the machine has
+GRACE = 10  # seconds for an interrupted part to write down what it has
+WORKERS = 8  # processes of tests, where pytest-xdist is installed
+# Seconds of a pipeline's part, and those after which it begins no other round.
+LIMITS = {"eager": (540, 400), "compiled": (540, 400)}
+QUICK_LIMITS = {"eager": (55, 28), "compiled": (110, 85)}
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all parts by the command line `argv` (default: the process's own)."""
+    began = time.monotonic()
+    options = parse(argv)
+    machine = look(options)
+    folder = options.out / folder_name(machine["device"])
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    write(folder / "parts" / "environment.json", machine)
+    records, deadline = [], began + LOOK
+    for part in parts(options, folder):
+        deadline += part.seconds
+        record = None if options.again else finished(part, folder)
+        if record is None:
+            print(f"{part.name}: {' '.join(part.command)}", flush=True)
+            record = run(part, folder, deadline - time.monotonic())
+            print(outcome(record), flush=True)
+        records.append(record)
+    gpu_table.plots(folder)
+    if options.readme:
+        gpu_table.update(options.readme, options.out)
+    print("\n".join(["", cells(["part", "seconds", "outcome"]), cells(["---"] * 3)]))
+    for record in records:
+        print(cells([record["part"], f"{record['seconds']:.0f}", outcome(record)]))
+    sys.exit(1 if any(record["error"] for record in records) else 0)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--quick", action="store_true", help="finish in nine minutes")
+    add("--tiny", action="store_true", help="rehearse on the CPU, at toy sizes")
+    add("--again", action="store_true", help="run parts that have succeeded, too")
+    add("--out", type=Path, help="default: benchmarks/results; --tiny needs one of its own")
+    add("--readme", type=Path, help="whose table to renew; default: README.md, with --tiny none")
+    options = parser.parse_args(argv)
+    if options.tiny and options.out is None:
+        parser.error("--tiny needs --out: its figures say nothing, and belong among no results")
+    if options.readme is None and not options.tiny:
+        options.readme = gpu_table.README
+    options.out = (options.out or gpu_table.RESULTS).resolve()
+    return options
+
+
+def look(options: argparse.Namespace) -> Row:
+    """What the machine has; exits where that is no GPU, unless there need be none."""
+    command = [sys.executable, "-m", "benchmarks.environment", "--json"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    machine = json.loads(done.stdout)
+    for name, value in machine.items():
+        print(f"{name}: {value}")
+    if not machine["gpu"] and not options.tiny:
+        sys.exit(
+            f"PyTorch {machine['torch']} sees no GPU here. Run this where there is one, with a "
+            "PyTorch built for it, or rehearse on the CPU: "
+            "python -m benchmarks.gpu --tiny --out /tmp/rehearsal"
+        )
+    flags = [f"--{name}" for name in ("quick", "tiny") if getattr(options, name)]
+    return machine | {"tiny": options.tiny, "command": " ".join(["benchmarks.gpu", *flags])}
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """One process.
+
+    Attributes:
+        command: What follows the interpreter and decides what is measured.
+        seconds: Its share of the time.
+        target: An argument more, that says where to write.
+        made: The file that it writes, of which
+        read: makes results, and an error if they tell of one.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    target: str
+    made: Path
+    read: Callable[[Path], tuple[Row, str | None]]
+
+
+def parts(options: argparse.Namespace, folder: Path) -> list[Part]:
+    """All of them, the tests last, so that they have what time the others left."""
+    chosen = [(name, dtype) for name in FAMILIES for dtype in DTYPES]
+    if options.quick or options.tiny:
+        chosen = [(name, family.dtype) for name, family in FAMILIES.items()]
+    eager, compiled = (
+        [pipeline(options, folder, family, dtype, mode) for family, dtype in chosen]
+        for mode in MODES
+    )
+    return [*eager, kernels(options, folder), *compiled, tests(options, folder)]
+
+
+def pipeline(options: argparse.Namespace, folder: Path, family: str, dtype: str, mode: str) -> Part:
+    """A family's whole runs, dense and with RAS."""
+    command = ["-m", "benchmarks.end_to_end", f"--family={family}", f"--dtype={dtype}"]
+    command += ["--guidance", f"--speedups={gpu_table.PLANNED:g}"]
+    limit, last_round = (QUICK_LIMITS if options.quick else LIMITS)[mode]
+    if options.tiny:
+        command += ["--layers=2", "--heads=4", "--head-dim=8", "--image-tokens=16"]
+        command += ["--text-tokens=8", "--steps=6", "--ratios=0.5", "--pairs=1", "--device=cpu"]
+    else:
+        command += [f"--layers={LAYERS}", f"--image-tokens={IMAGE_TOKENS}"]
+        command += ["--ratios", *map(str, RATIOS), f"--seconds={last_round}"]
+        command.append(f"--pairs={5 if options.quick else 9}")
+    if mode == "compiled":
+        command.append(f"--compile={'eager' if options.tiny else 'inductor'}")
+    name = gpu_table.part_name(family, dtype, mode)
+    made = folder / "parts" / f"{name}.made"
+    return Part(name, tuple(command), limit, f"--out={made}", made, read_pipeline)
+
+
+def kernels(options: argparse.Namespace, folder: Path) -> Part:
+    command, limit = ["-m", "benchmarks.kernels"], 540
+    if options.quick:
+        command, limit = [*command, "--quick", "--seconds=80"], 110
+    if options.tiny:
+        command.append("--tiny")
+    made = folder / "kernels.json"
+    return Part("kernels", tuple(command), limit, f"--out={options.out}", made, read_kernels)
+
+
+def tests(options: argparse.Namespace, folder: Path) -> Part:
+    """Those tests that make their tensors on a GPU where there is one."""
+    files = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "from operands import" in path.read_text(encoding="utf-8")
+    ]
+    if options.tiny:
+        files = [name for name in files if "rows" in name]
+    command = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *files]
+    if importlib.util.find_spec("xdist") and not options.tiny:
+        command.append(f"--numprocesses={WORKERS}")
+    made = folder / "parts" / "tests.xml"
+    limit = 65 if options.quick else 540
+    return Part("tests", tuple(command), limit, f"--junitxml={made}", made, read_tests)
+
+
+# --- a part ---------------------------------------------------------------------------------------
+
+
+def run(part: Part, folder: Path, limit: float) -> Row:
+    """Run a part and write down what became of it; errors are written down as well.
+
+    Args:
+        limit: Seconds, after which it is interrupted.
+    """
+    log, began = folder / "parts" / f"{part.name}.log", time.monotonic()
+    part.made.unlink(missing_ok=True)
+    command = [sys.executable, *part.command, part.target]
+    with log.open("w", encoding="utf-8") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        late = not ended(process, limit)
+    results, error = None, None
+    try:
+        results, error = part.read(part.made)
+    except (OSError, ValueError, KeyError, ElementTree.ParseError) as unread:
+        error = f"{part.made.name} tells nothing: {unread}"
+    if late:
+        error = f"interrupted after {limit:.0f} s"
+    elif process.returncode and (results is None or error is None):
+        error = reason(log.read_text(encoding="utf-8"), process.returncode)
+    record: Row = {"part": part.name, "command": " ".join(part.command), "error": error}
+    record |= {"seconds": round(time.monotonic() - began, 1), "results": results}
+    write(folder / "parts" / f"{part.name}.json", record)
+    return record
+
+
+def ended(process: subprocess.Popen[bytes], limit: float) -> bool:
+    """Whether it ended by itself; whatever happens, it does not run on."""
+    try:
+        process.wait(max(limit, 0))
+        return True
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # pytest writes down what it has
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return False
+    except BaseException:
+        process.kill()
+        raise
+
+
+def finished(part: Part, folder: Path) -> Row | None:
+    """The record of an earlier run that did the same without an error."""
+    path = folder / "parts" / f"{part.name}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    same = record["command"] == " ".join(part.command) and record["error"] is None
+    return record if same else None
+
+
+def write(path: Path, record: Row) -> None:
+    """All of it or nothing, should this be interrupted."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def reason(log: str, status: int) -> str:
+    """The error that ended a process, of what it said."""
+    _, traceback, rest = log.rpartition("Traceback (most recent call last):")
+    lines = [line for line in rest.splitlines() if line and not line[0].isspace()]
+    if status < 0 or not lines:
+        return f"exit status {status}"
+    return lines[0 if traceback else -1]
+
+
+def outcome(record: Row) -> str:
+    results = record["results"] or {}
+    told = f"failed: {record['error']}" if record["error"] else "done"
+    return "; ".join([told, *(f"{results[name]} {name}" for name in COUNTED if name in results)])
+
+
+# --- what parts write -----------------------------------------------------------------------------
+
+COUNTED = (*gpu_table.COUNTS, "rounds", "ways timed", "left out")
+
+
+def read_pipeline(made: Path) -> tuple[Row, str | None]:
+    results = json.loads(made.read_text(encoding="utf-8"))
+    made.unlink()  # the part's record has it
+    return results, None
+
+
+def read_kernels(made: Path) -> tuple[Row, str | None]:
+    """How many ways were timed, and which op of ours was not."""
+    results = json.loads(made.read_text(encoding="utf-8"))
+    missed = [row for row in results["rows"] if "events_us" not in row]
+    ours = [row for row in missed if row["way"] == "ras_kernels"]
+    counts = {"ways timed": len(results["rows"]) - len(missed), "left out": results["left_out"]}
+    if not ours:
+        return counts, None
+    first = f"{ours[0]['op']} at {ours[0]['shape']}: {ours[0]['error']}"
+    return counts, first + (f", and {len(ours) - 1} more" if len(ours) > 1 else "")
+
+
+def read_tests(made: Path) -> tuple[Row, str | None]:
+    """Counts, and the first test that failed. One that was interrupted has no name."""
+    cases = [case for case in ElementTree.parse(made).iter("testcase") if case.get("name")]
+    made.unlink()
+    failed = [
+        case for case in cases if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    counts: Row = {"failed": len(failed), "skipped": skipped}
+    counts["passed"] = len(cases) - len(failed) - skipped
+    counts["names of failed"] = [f"{case.get('classname')}.{case.get('name')}" for case in failed]
+    if failed:
+        return counts, f"{len(failed)} of {len(cases)} tests, {counts['names of failed'][0]} first"
+    return counts, None
+
+
+if __name__ == "__main__":
+    main()
