@@ -13,7 +13,7 @@ import ras_kernels
 
 from .projections import KeyValue, Projection, Rows
 from .reuse import HeldNoise
-from .tokens import normal_empty
+from .tokens import room
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class KVCache:
         *,
         carries: bool,
     ) -> None:
-        """Make room; `update` with all tokens is what fills it.
+        """Make room unless there is; `update` with all tokens is what fills it.
 
         Args:
             shape: `(B, N, G, D)`, of the image tokens' keys.
@@ -88,11 +88,12 @@ class KVCache:
         """
         batch, self._image_tokens, *rest = shape
         rows = (batch, self._image_tokens + text_tokens, *rest)
-        self._kept = normal_empty(rows, dtype, device), normal_empty(rows, dtype, device)
+        key, value = self._kept or (None, None)
+        self._kept = room(key, rows, dtype, device), room(value, rows, dtype, device)
+        key, value = self._changes or (None, None)
         self._changes = None
-        if carries:  # at first from nothing to something, by which nobody is moved
-            self._kept[0].zero_(), self._kept[1].zero_()
-            self._changes = normal_empty(shape, dtype, device), normal_empty(shape, dtype, device)
+        if carries:
+            self._changes = room(key, shape, dtype, device), room(value, shape, dtype, device)
 
     def update(
         self, image: Rows | Projection, text: Rows | Projection | None, walk: Walk
@@ -123,8 +124,9 @@ class KVCache:
         self._kept = self._changes = None
 
     @property
-    def nbytes(self) -> int:
-        return sum(cached.nbytes for cached in (*(self._kept or ()), *(self._changes or ())))
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        return [*(self._kept or ()), *(self._changes or ())]
 
 
 class RASAttnProcessor:

@@ -58,6 +58,9 @@ class RASConfig:
             way, which takes a second cache.
         reuse_text: Whether partial steps leave the text tokens out, so that their last keys and
             values serve again, where they walk with the image (Stable Diffusion 3).
+        keep_caches: Whether caches stay between runs, at the same addresses, as CUDA graphs need
+            (`mode="reduce-overhead"`, `torch.cuda.graph`); otherwise they are freed after a run's
+            last step, before images are decoded.
         mask_margin: By how many tokens the regions that `mask` marks are widened, at least 0.
 
     Raises:
@@ -78,6 +81,7 @@ class RASConfig:
     extrapolation: float = EXTRAPOLATION
     kv_correction: bool = True
     reuse_text: bool = False
+    keep_caches: bool = False
     mask_margin: int = 1
 
     def __post_init__(self) -> None:
@@ -125,7 +129,7 @@ class RASConfig:
         for name in ("scheduler_start_step", "scheduler_end_step"):
             if getattr(self, name) is not None:
                 _step(name, getattr(self, name))
-        for name in ("kv_correction", "reuse_text"):
+        for name in ("kv_correction", "reuse_text", "keep_caches"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _step("mask_margin", self.mask_margin)

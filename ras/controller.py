@@ -71,6 +71,7 @@ class Controller:
         self._watch: StepWatch | None = None
         self._walk: Walk | None = None  # of the call under way; None: RAS stands aside
         self._run: Run | None = None
+        self._noise: dict[tuple[int, ...], HeldNoise] = {}  # by branch
         self._runs = 0
         self._warnings: dict[str, str] = {}
 
@@ -110,7 +111,7 @@ class Controller:
 
     def detach(self) -> None:
         """Take off whatever is still ours."""
-        self._free()
+        self._drop()
         self._walk = self._run = None
         for part in (*self._handles, *self._hooks, *self._layers, self._forward, self._watch):
             part.remove()
@@ -265,8 +266,8 @@ class Controller:
         latents: Tensor = inputs["hidden_states"]
         batch, begins = len(latents), run.begun != run.step
         if branch:
-            held = run.noise.get(branch)
-            known = held is not None and len(held.noise) == batch
+            held = self._noise.get(branch)
+            known = held is not None and held.begun and len(held.noise) == batch
             rows = _for_batch(run.active, batch) if known and run.rows is not None else None
             return self._walk_of(run, branch, latents, rows, skip=run.skips and known)
         text_tokens = self._adapter.text_tokens(inputs)
@@ -285,6 +286,7 @@ class Controller:
                         dtype=_compute_dtype(latents),
                         device=latents.device,
                     )
+                    self._pin(layer.tensors)
         # All stages of a step are of one kind.
         partial = fits and (begins or run.rows is not None)
         run.rows = _for_batch(run.active, batch) if partial else None
@@ -295,15 +297,7 @@ class Controller:
         self, run: Run, branch: tuple[int, ...], latents: Tensor, rows: Tensor | None, *, skip: bool
     ) -> Walk:
         """The walk of a call; its noise is noted as predicted anew."""
-        held = run.noise.get(branch)
-        if held is None or len(held.noise) != len(latents):
-            columns = self._transformer.config.patch_size**2 * self._transformer.out_channels
-            run.noise[branch] = held = HeldNoise(
-                (len(latents), run.regions, columns),
-                _compute_dtype(latents),
-                latents.device,
-                extrapolates=run.extrapolates,
-            )
+        held = self._held(run, branch, latents)
         extrapolation = run.extrapolation(run.step)
         if skip:
             gain = held.gain(run.sigma, extrapolation)
@@ -318,6 +312,20 @@ class Controller:
             skip=skip,
             reuse_text=self.config.reuse_text,
         )
+
+    def _held(self, run: Run, branch: tuple[int, ...], latents: Tensor) -> HeldNoise:
+        """Where the branch's noise is kept."""
+        held = self._noise.setdefault(branch, HeldNoise())
+        if not held.begun or len(held.noise) != len(latents):
+            columns = self._transformer.config.patch_size**2 * self._transformer.out_channels
+            held.allocate(
+                (len(latents), run.regions, columns),
+                _compute_dtype(latents),
+                latents.device,
+                extrapolates=run.extrapolates,
+            )
+            self._pin(held.tensors)
+        return held
 
     def _enter(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Only the active tokens go on."""
@@ -361,19 +369,37 @@ class Controller:
     # --- what is kept -------------------------------------------------------------------------
 
     def _free(self) -> None:
-        """Drop keys, values and noise, so that the next step is dense."""
+        """Forget keys, values and noise, so that the next step is dense."""
         self._note_bytes()
-        for layer in self._layers:
-            layer.clear()
         if self._run is not None:
             self._run.key = self._run.rows = None
-            self._run.noise.clear()
+        if not self.config.keep_caches:
+            self._drop()
+        for held in self._noise.values():
+            held.begun = False
+
+    def _drop(self) -> None:
+        for layer in self._layers:
+            layer.clear()
+        self._noise.clear()
+
+    def _pin(self, tensors: list[Tensor]) -> None:
+        """Tell compilers of what stays where it is: CUDA graphs may write to it."""
+        if self.config.keep_caches:
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def _note_bytes(self) -> None:
-        if self._run is not None:
-            held = sum(layer.nbytes for layer in self._layers)
-            held += sum(noise.nbytes for noise in self._run.noise.values())
-            self._run.cache_bytes = max(self._run.cache_bytes, held)
+        if self._run is None:
+            return
+        selection = self._run.selection
+        held = [] if selection is None else selection.tensors
+        for layer in self._layers:
+            held += layer.tensors
+        for noise in self._noise.values():
+            held += noise.tensors
+        total = sum(tensor.nbytes for tensor in held)
+        self._run.cache_bytes = max(self._run.cache_bytes, total)
 
     def _end_of_call(self, *args: Any, **kwargs: Any) -> None:
         """What a pipeline calls when it returns, from an interrupted run too."""

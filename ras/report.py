@@ -23,8 +23,8 @@ class Stats:
         tokens_computed, tokens_total: Image tokens that walked through the transformer, of those
             that would have without RAS; all samples, guidance copies and calls.
         text_tokens, text_tokens_total: The same of the text tokens that walk with the image.
-        cache_bytes: Bytes that the run's caches held at their largest: keys, values and noise.
-            They are freed when a run ends.
+        cache_bytes: Bytes that the run's caches held at their largest: keys, values, noise and
+            what regions are chosen by. They are freed when a run ends, unless `keep_caches`.
         region_counts: `(samples, H / p, W / p)`, int64: how often each region was computed; None
             before the first run.
         warnings: What was warned of since `enable`.

@@ -14,7 +14,7 @@ from torch import Tensor
 import ras_kernels
 
 from .planner import carried, position
-from .tokens import normal_empty, read, write
+from .tokens import read, room, write
 
 
 class HeldNoise:
@@ -24,7 +24,15 @@ class HeldNoise:
     `merge` does is on tensors, so that it may be part of a compiled transformer.
     """
 
-    def __init__(
+    def __init__(self) -> None:
+        self._noise: Tensor | None = None
+        self._change: Tensor | None = None  # (B, N, C), v1 - v0; at first from nothing to something
+        self._since: Tensor | None = None  # (B, N) float32, t1
+        self._gap: Tensor | None = None  # (B, N) float32, t1 - t0, or 0 if there is no v0
+        self.begun = False
+        """Whether there is anything to reuse, or will be after the call under way."""
+
+    def allocate(
         self,
         shape: tuple[int, int, int],
         dtype: torch.dtype,
@@ -32,17 +40,27 @@ class HeldNoise:
         *,
         extrapolates: bool,
     ) -> None:
-        self.noise = normal_empty(shape, dtype, device)
-        self._change: Tensor | None = None  # (B, N, C), v1 - v0
-        self._since: Tensor | None = None  # (B, N) float32, t1
-        self._gap: Tensor | None = None  # (B, N) float32, t1 - t0, or 0 if there is no v0
-        self._begun = False
+        """Make room unless there is; `merge` of all tokens is what fills it.
+
+        Args:
+            shape: `(B, N, C)`.
+            dtype, device: Of the noise.
+            extrapolates: Whether to keep how it changes.
+        """
+        self.begun = False
+        self._noise = room(self._noise, shape, dtype, device)
+        change, since, gap = self._change, self._since, self._gap
+        self._change = self._since = self._gap = None
         if extrapolates:
-            # The first change is from nothing to something, and nobody is moved by it.
-            self.noise.zero_()
-            self._change = normal_empty(shape, dtype, device)
-            self._since = normal_empty(shape[:2], torch.float32, device)
-            self._gap = normal_empty(shape[:2], torch.float32, device).zero_()
+            self._change = room(change, shape, dtype, device)
+            self._since = room(since, shape[:2], torch.float32, device)
+            self._gap = room(gap, shape[:2], torch.float32, device).zero_()
+
+    @property
+    def noise(self) -> Tensor:
+        """Each token's last noise, `(B, N, C)`."""
+        assert self._noise is not None, "allocated before the first step"
+        return self._noise
 
     def expect(self, rows: Tensor | None, sigma: float, extrapolation: float) -> Tensor | None:
         """Note that tokens are going to be predicted anew at noise level `sigma`.
@@ -56,16 +74,16 @@ class HeldNoise:
             g of each token in that step, `(B, N)` float32, which is 0 for `rows`; None where no
             token is carried on.
         """
+        begun, self.begun = self.begun, True
         if self._since is None or self._gap is None:
             return None
         place = position(sigma)
-        if self._begun:
+        if begun:
             since = read(self._since, rows)
             write(self._gap, rows, place - since)
             write(self._since, rows, torch.full_like(since, place))
         else:
             self._since.fill_(place)
-            self._begun = True
         return None if rows is None else self.gain(sigma, extrapolation)
 
     def merge(self, fresh: Tensor, rows: Tensor | None, gain: Tensor | None) -> Tensor:
@@ -102,6 +120,7 @@ class HeldNoise:
         return torch.where((behind > 0) & (ahead > 0), gain, 0.0)
 
     @property
-    def nbytes(self) -> int:
-        kept = (self.noise, self._change, self._since, self._gap)
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        kept = (self._noise, self._change, self._since, self._gap)
+        return [tensor for tensor in kept if tensor is not None]

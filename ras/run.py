@@ -13,7 +13,6 @@ from .attention import Walk
 from .config import RASConfig
 from .plan import Plan
 from .report import Stats
-from .reuse import HeldNoise
 from .selection import Selection
 from .tokens import normal_empty
 
@@ -41,7 +40,6 @@ class Run:
 
     # What is reused. `key` tells what it is good for, and is None while there is nothing.
     key: tuple[Any, ...] | None = None
-    noise: dict[tuple[int, ...], HeldNoise] = field(default_factory=dict)  # by branch
 
     # The regions chosen for the current step, (S, k), and those that the step's calls really
     # compute, (B, k); None is all of them. A step that skips computes none.

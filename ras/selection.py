@@ -107,3 +107,9 @@ class Selection:
             starvation_scale=self._config.starvation_scale,
         )
         return active
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        kept = (self._ages, self._noise, self._pace, self._since)
+        return [tensor for tensor in kept if tensor is not None]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import RASAttnProcessor, Walk
 
@@ -80,8 +80,9 @@ class ProcessorSlot:
             self._ours.cache.clear()
 
     @property
-    def nbytes(self) -> int:
-        return 0 if self._ours is None else self._ours.cache.nbytes
+    def tensors(self) -> list[Tensor]:
+        """The layer's cache."""
+        return [] if self._ours is None else self._ours.cache.tensors
 
 
 class ForwardSlot:

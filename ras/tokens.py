@@ -25,3 +25,12 @@ def normal_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     """An uninitialised tensor that may be written to both inside and outside inference mode."""
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=dtype, device=device)
+
+
+def room(
+    kept: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`kept` if it is like that, whatever it holds, or else zeros."""
+    if kept is not None and (kept.shape, kept.dtype, kept.device) == (shape, dtype, device):
+        return kept
+    return normal_empty(shape, dtype, device).zero_()

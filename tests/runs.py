@@ -237,7 +237,9 @@ def drift_scores(updates, sigma, width=6):
 
 def held_like(noise, extrapolates=True):
     """Room for noise of this shape."""
-    return HeldNoise(noise.shape, noise.dtype, noise.device, extrapolates=extrapolates)
+    held = HeldNoise()
+    held.allocate(noise.shape, noise.dtype, noise.device, extrapolates=extrapolates)
+    return held
 
 
 def merged(held, fresh, rows, sigma, extrapolation):

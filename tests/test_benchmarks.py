@@ -27,8 +27,8 @@ def test_end_to_end(capsys):
     end_to_end.main([*TINY, "--json"])
     row = json.loads(capsys.readouterr().out)["rows"][0]
     assert row["ceiling"] == pytest.approx(6 / (5 + (8 + 3) / (16 + 3)))
-    keys_and_values, noise = 2 * (16 + 3) * 32 * 4, 16 * 64 * 4
-    assert row["cache_bytes"] == keys_and_values + noise
+    keys_and_values, noise, ages = 2 * (16 + 3) * 32 * 4, 16 * 64 * 4, 16 * 4
+    assert row["cache_bytes"] == keys_and_values + noise + ages
 
 
 def test_end_to_end_of_lumina_with_guidance_and_a_plan(tmp_path, capsys):
@@ -44,7 +44,7 @@ def test_end_to_end_of_lumina_with_guidance_and_a_plan(tmp_path, capsys):
     for row in (half, quarter, planned):
         assert row["speedup"] == pytest.approx(report["dense"]["seconds"] / row["seconds"])
     keys_and_values, noise = 2 * 2 * 16 * 8 * 4, 2 * 16 * 32 * 4  # one head of keys, two branches
-    assert half["cache_bytes"] == keys_and_values + noise
+    assert half["cache_bytes"] == keys_and_values + noise + 16 * 4  # and ages
 
 
 @pytest.mark.parametrize("name, family", FAMILIES.items())

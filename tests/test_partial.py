@@ -220,8 +220,8 @@ def test_nothing_is_kept_when_a_run_ends(monkeypatch):
     with ras.enabled(pipe, plan=(1, 1, 0.5, 0, 1, 0.25, 0, 0.5)):
         for call in ({}, dict(callback_on_step_end=interrupt)):
             run(pipe, sd3_inputs(pipe), **call)
-            state = Controller.of(pipe.transformer)._run
-            assert state.selection is None and not state.noise
+            controller = Controller.of(pipe.transformer)
+            assert controller._run.selection is None and not controller._noise
             assert ras.stats(pipe).cache_bytes > 0
 
 
