@@ -365,6 +365,7 @@ class Controller:
         elif 0 < run.counts[run.step] < run.regions and not run.unseen:
             assert run.selection is not None
             run.active = run.selection.choose(noise, run.counts[run.step], run.sigma, run.masked)
+            self._note_bytes()
 
     # --- what is kept -------------------------------------------------------------------------
 
