@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(outcome(record), flush=True)
         records.append(record)
     gpu_table.plots(folder)
-    if options.readme:
-        gpu_table.update(options.readme, options.out)
+    for readme in options.readmes:
+        gpu_table.update(readme, options.out)
     print("\n".join(["", cells(["part", "seconds", "outcome"]), cells(["---"] * 3)]))
     for record in records:
         print(cells([record["part"], f"{record['seconds']:.0f}", outcome(record)]))
@@ -80,12 +80,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="rehearse on the CPU, at toy sizes")
     add("--again", action="store_true", help="run parts that have succeeded, too")
     add("--out", type=Path, help="default: benchmarks/results; --tiny needs one of its own")
-    add("--readme", type=Path, help="whose table to renew; default: README.md, with --tiny none")
+    add("--readmes", type=Path, nargs="+", help="whose tables to renew; with --tiny none")
     options = parser.parse_args(argv)
     if options.tiny and options.out is None:
         parser.error("--tiny needs --out: its figures say nothing, and belong among no results")
-    if options.readme is None and not options.tiny:
-        options.readme = gpu_table.README
+    if options.readmes is None:
+        options.readmes = [] if options.tiny else gpu_table.READMES
     options.out = (options.out or gpu_table.RESULTS).resolve()
     return options
 

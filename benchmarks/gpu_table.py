@@ -1,8 +1,8 @@
-"""What `benchmarks.gpu` has measured, as the README's table and as plots.
+"""What `benchmarks.gpu` has measured, as the READMEs' tables and as plots.
 
     python -m benchmarks.gpu_table
 
-Writes the table anew into the README, from the JSON of all folders of `benchmarks/results` that
+Writes the tables anew into the READMEs, from the JSON of all folders of `benchmarks/results` that
 have some; what is not there is not measured.
 """
 
@@ -15,12 +15,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from . import goals
 from .families import FAMILIES, Family
 from .tables import COLOURS, NOT_MEASURED, cells, save
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+READMES = ROOT / "README.md", ROOT / "ras_kernels" / "README.md"
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- gpu table -->", "<!-- end of gpu table -->"
 RATIOS = (0.75, 0.5, 0.25, 0.125)
 PLANNED = 2.0  # the speed-up of the library's own plan
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
@@ -46,23 +47,33 @@ def main() -> None:
     """Renew the README's table, and all plots."""
     for folder in measured(RESULTS):
         plots(folder)
-    update(README, RESULTS)
+    for readme in READMES:
+        update(readme, RESULTS)
 
 
 def update(readme: Path, folders: Path) -> None:
-    """Put the table in the place of the one between the README's two comments."""
+    """Put tables in the place of those between a README's comments, `<!-- name -->` around each."""
     text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text.partition(BEGIN)[2]:
-        raise ValueError(f"{readme} has no place for the table: {BEGIN} and {END} around it")
-    before, _, rest = text.partition(BEGIN)
-    new = before + BEGIN + "\n\n" + block(folders) + "\n" + END + rest.partition(END)[2]
-    readme.write_text(new, encoding="utf-8")
+    places = [name for name in TABLES if mark(name) in text]
+    if not places:
+        raise ValueError(f"{readme} has no place for a table: {mark('gpu table')} twice")
+    for name in places:
+        before, _, after = text.split(mark(name))
+        text = mark(name).join([before, f"\n\n{TABLES[name](folders)}\n\n", after])
+    readme.write_text(text, encoding="utf-8")
+
+
+def mark(name: str) -> str:
+    return f"<!-- {name} -->"
 
 
 def block(folders: Path) -> str:
     """A table per GPU that has a folder there; one without figures if none has."""
-    tables = [f"{heading(folder)}\n\n{table(read(folder))}\n" for folder in measured(folders)]
-    return "\n".join(tables or [table({}) + "\n"])
+    tables = [f"{heading(folder)}\n\n{table(read(folder))}" for folder in measured(folders)]
+    return "\n\n".join(tables or [table({})])
+
+
+TABLES = {"gpu table": block, "kernel goals": goals.table}
 
 
 def measured(folders: Path) -> list[Path]:

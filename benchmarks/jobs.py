@@ -26,6 +26,7 @@ from ras_kernels import reference
 
 DTYPE = torch.float16
 PATCH = 2
+ALONE = "one linear, nothing written"
 ROUNDING = 1e-2  # how far, relative to the norm, 16-bit results of like jobs may differ
 
 
@@ -76,10 +77,12 @@ class Way(NamedTuple):
     Attributes:
         run: Does it, and returns what `Job.ours` does.
         within: A context to run it in, which is not part of it.
+        part: Whether it is only part of the job, for comparison, with other results.
     """
 
     run: Callable[[], Tensor | Sequence[Tensor]]
     within: Callable[[], AbstractContextManager] = nullcontext
+    part: bool = False
 
 
 class Job(NamedTuple):
@@ -267,7 +270,11 @@ def linear_scatter_(s: Shape, device: str) -> Job:
     return Job(
         [tokens, weights, bias, rows, rows, index],
         Way(ours),
-        {"two linear, index_copy_": Way(each), "one linear, index_copy_": Way(together)},
+        {
+            "two linear, index_copy_": Way(each),
+            "one linear, index_copy_": Way(together),
+            ALONE: Way(lambda: F.linear(tokens, weights, bias), part=True),
+        },
         flops=4 * s.batch * s.active * s.width * s.groups * s.size,
         written=[key, value],
     )
@@ -357,7 +364,11 @@ def sparse_attention(s: Shape, device: str) -> Job:
     }
     if s.text:  # whose keys and values are kept apart from the image's, and joined in each layer
         parts = [(t[:, : s.tokens], t[:, s.tokens :]) for t in (key, value)]
-        plain["cat, SDPA"] = Way(lambda: attend(*(torch.cat(part, 1) for part in parts)))
+        for name, backend in BACKENDS.items():
+            plain[f"cat, {name}"] = Way(
+                lambda: attend(*(torch.cat(part, 1) for part in parts)),
+                partial(sdpa_kernel, backend),
+            )
     return Job(
         [query, query, key, value],
         Way(lambda: ras_kernels.sparse_attention(query, key, value)),

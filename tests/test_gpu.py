@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import environment, gpu, gpu_table
+from benchmarks import environment, goals, gpu, gpu_table, jobs
 from benchmarks.families import FAMILIES
 
 PARTS = {
@@ -18,6 +18,7 @@ PARTS = {
     "kernels",
     "tests",
 }
+MARK = gpu_table.mark("gpu table")
 BEFORE, AFTER = "as before\n", "\nas it was\n"
 
 
@@ -25,7 +26,7 @@ def run(out, *more):
     """The exit status of a rehearsal in the folder `out`, whose README stands beside it."""
     readme = out.parent / "README.md"
     with pytest.raises(SystemExit) as ended:
-        gpu.main(["--tiny", "--out", str(out), "--readme", str(readme), *more])
+        gpu.main(["--tiny", "--out", str(out), "--readmes", str(readme), *more])
     return ended.value.code
 
 
@@ -33,7 +34,7 @@ def run(out, *more):
 def rehearsal(tmp_path_factory):
     """The folder of results of a rehearsal."""
     out = tmp_path_factory.mktemp("rehearsal") / "results"
-    empty = f"{BEFORE}{gpu_table.BEGIN}\n{gpu_table.END}{AFTER}"
+    empty = f"{BEFORE}{MARK}\n{MARK}{AFTER}"
     (out.parent / "README.md").write_text(empty, encoding="utf-8")
     assert run(out) == 0, [
         path.read_text(encoding="utf-8")[-3000:] for path in out.glob("*/parts/*.log")
@@ -73,7 +74,7 @@ def test_rehearsal(rehearsal):
 
 def test_the_table_of_a_rehearsal(rehearsal):
     text = (rehearsal.parent / "README.md").read_text(encoding="utf-8")
-    assert text.startswith(BEFORE + gpu_table.BEGIN) and text.endswith(gpu_table.END + AFTER)
+    assert text.startswith(BEFORE + MARK) and text.endswith(MARK + AFTER)
     assert gpu_table.block(rehearsal) in text and "the figures say nothing" in text
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| SD3")]
     assert len(lines) == 2 * 5
@@ -193,14 +194,62 @@ def test_what_the_driver_tells(monkeypatch, tmp_path):
     assert told["driver"] == "580.1" and told["power limit, W"] == "700.00 W"
 
 
-def test_the_table_in_the_readme_is_what_was_measured():
+@pytest.mark.parametrize("readme", gpu_table.READMES, ids=lambda readme: readme.parent.name)
+def test_the_tables_in_the_readmes_are_what_was_measured(readme, tmp_path):
     """If not: python -m benchmarks.gpu_table."""
-    text = gpu_table.README.read_text(encoding="utf-8")
-    _, _, rest = text.partition(gpu_table.BEGIN + "\n\n")
-    assert rest.partition("\n" + gpu_table.END)[0] == gpu_table.block(gpu_table.RESULTS)
+    copy = tmp_path / "README.md"
+    copy.write_text(text := readme.read_text(encoding="utf-8"), encoding="utf-8")
+    gpu_table.update(copy, gpu_table.RESULTS)
+    assert copy.read_text(encoding="utf-8") == text and "| not measured |" in text
 
 
-def test_a_readme_without_a_place_for_the_table(tmp_path):
-    (tmp_path / "README.md").write_text(gpu_table.END + gpu_table.BEGIN, encoding="utf-8")
-    with pytest.raises(ValueError, match="no place for the table"):
+def test_a_readme_without_a_place_for_a_table(tmp_path):
+    (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
+    with pytest.raises(ValueError, match="no place for a table"):
         gpu_table.update(tmp_path / "README.md", tmp_path)
+
+
+def test_goals(tmp_path):
+    """Of each the least and the most that was found, from rows of ways that were timed."""
+    times = {
+        ("gather_tokens", "0.5", "ras_kernels"): 20,
+        ("scatter_tokens_", "0.5", "ras_kernels"): 25,
+        ("sparse_attention", "0.5", "ras_kernels"): 10,
+        ("sparse_attention", "0.5", "SDPA, flash"): 5,
+        ("sparse_attention", "0.5", "cat, SDPA, flash"): 15,
+        ("sparse_attention", "0.5", "cat, SDPA, math"): 90,
+        ("sparse_attention", "0.25", "ras_kernels"): 10,
+        ("sparse_attention", "0.25", "cat, SDPA, flash"): 9,
+        ("select_lowest", "0.5", "topk, sort"): 9,
+    }
+    rows = [
+        {"op": op, "shape": f"SD3-medium, 1024², {ratio}", "way": way}
+        | {"graph_us": [time, 0, 0], "events_us": [time, 0, 0], "bytes": 20_000}
+        for (op, ratio, way), time in times.items()
+    ]
+    rows.append({"op": "select_lowest", "shape": "SD3-medium, 1024², 0.5", "way": "ras_kernels"})
+    (tmp_path / "one").mkdir()
+    results = {"device": "A GPU", "copy_gb_s": 2.0, "rows": rows}
+    (tmp_path / "one" / "kernels.json").write_text(json.dumps(results), encoding="utf-8")
+    heading, _, copies, linear, attention, grouped, selection = goals.table(tmp_path).splitlines()
+    assert heading.endswith("| at least | A GPU |")
+    assert copies.endswith("| 0.85 | 0.40 to 0.50 |")
+    assert attention.endswith("| 1 | 0.90 to 1.50 |")
+    for line in (linear, grouped, selection):
+        assert line.endswith("| not measured |")
+
+
+def test_goals_are_of_jobs_that_there_are():
+    """Each goal's figures come out of a run of all jobs."""
+    shapes = [shape.label for shape in jobs.SHAPES]
+    rows = [
+        {"op": op, "shape": shape.label, "way": way, "events_us": [1, 1, 1], "bytes": 1000}
+        for shape in jobs.SHAPES
+        for op in jobs.JOBS
+        for way in (goals.OURS, *jobs.prepare(op, shape, "meta").plain)
+    ]
+    assert all(
+        any(label.startswith(model) for label in shapes) for model in (goals.SD3, goals.LUMINA)
+    )
+    for goal in goals.GOALS:
+        assert {*goal.figures({"copy_gb_s": 1.0, "rows": rows})} == {1.0}, goal.text
