@@ -179,7 +179,7 @@ def tests(options: argparse.Namespace, folder: Path) -> Part:
     ]
     if options.tiny:
         files = [name for name in files if "rows" in name]
-    command = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *files]
+    command = ["-m", "pytest", "-q", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", *files]
     if importlib.util.find_spec("xdist") and not options.tiny:
         command.append(f"--numprocesses={WORKERS}")
     made = folder / "parts" / "tests.xml"

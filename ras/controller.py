@@ -115,6 +115,7 @@ class Controller:
         self._walk = self._run = None
         for part in (*self._handles, *self._hooks, *self._layers, self._forward, self._watch):
             part.remove()
+        self._forward = None
         if self._mask_watch is not None:
             self._mask_watch.remove()
         forget_fused_originals(self._transformer)
@@ -154,6 +155,8 @@ class Controller:
         if not self.serves(module):
             return None
         self._walk = None
+        if self._forward is not None:
+            self._forward.before_call()
         inputs = {**dict(zip(self._parameters, args)), **kwargs}
         grid = self._grid(inputs["hidden_states"])
         if torch.is_grad_enabled():
@@ -176,6 +179,8 @@ class Controller:
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
         """What makes the output of a call that computes nothing, or None for one that does."""
+        if self._forward is not None:
+            self._forward.reached = True
         walk, run = self._walk, self._run
         if walk is None or run is None or not walk.skip:
             return None
@@ -191,6 +196,8 @@ class Controller:
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.serves(module):
             self._walk = None
+            if self._forward is not None:  # not switched off during the call
+                self._forward.after_call()
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
         patch, (height, width) = self._transformer.config.patch_size, latents.shape[-2:]
@@ -277,21 +284,25 @@ class Controller:
             self._free()
             run.key = key
             if run.partial:
-                for layer in self._layers:
-                    layer.allocate(
-                        batch,
-                        run.regions,
-                        text_tokens,
-                        carries=self.config.kv_correction and run.extrapolates,
-                        dtype=_compute_dtype(latents),
-                        device=latents.device,
-                    )
-                    self._pin(layer.tensors)
+                self._make_room(run, latents, text_tokens)
         # All stages of a step are of one kind.
         partial = fits and (begins or run.rows is not None)
         run.rows = _for_batch(run.active, batch) if partial else None
         run.skips = fits and not run.counts[run.step] and (begins or run.skips)
         return self._walk_of(run, branch, latents, run.rows, skip=run.skips)
+
+    def _make_room(self, run: Run, latents: Tensor, text_tokens: int) -> None:
+        """For all layers' keys and values."""
+        for layer in self._layers:
+            layer.allocate(
+                len(latents),
+                run.regions,
+                text_tokens,
+                carries=self.config.kv_correction and run.extrapolates,
+                dtype=_compute_dtype(latents),
+                device=latents.device,
+            )
+            self._pin(layer.tensors)
 
     def _walk_of(
         self, run: Run, branch: tuple[int, ...], latents: Tensor, rows: Tensor | None, *, skip: bool

@@ -101,7 +101,14 @@ class ForwardSlot:
         Compilers do not look into `answer`, but into what it returns, as into `forward`: some
         refuse a call in which there is nothing for them.
         """
-        self._transformer = transformer
+        self._transformer, self._answer = transformer, answer
+        self._found: Any = None
+        self.reached = False
+        """For `answer` to set: whether the call under way has come here."""
+        self._put()
+
+    def _put(self) -> None:
+        transformer, answer = self._transformer, self._answer
         self._before = before = vars(transformer).get("forward")
         of = weakref.ref(transformer)  # a deep copy has this function too
 
@@ -117,6 +124,21 @@ class ForwardSlot:
 
         self._ours = types.MethodType(forward, transformer)
         transformer.forward = self._ours
+
+    def before_call(self) -> None:
+        """Note what is in the place of `forward` when the transformer is called."""
+        self._found, self.reached = vars(self._transformer).get("forward"), False
+
+    def after_call(self) -> None:
+        """Put it back if the call went past it, or took it off.
+
+        Pipelines take model offloading off and put it on again when they return, and group
+        offloading with streams changes its hooks in the first call: both set `forward` to what it
+        was before they came.
+        """
+        now = vars(self._transformer).get("forward")
+        if now is not self._ours and not (self.reached and now is self._found):
+            self._put()
 
     def remove(self) -> None:
         if vars(self._transformer).get("forward") is not self._ours:

@@ -1,9 +1,14 @@
 """Fixtures of all tests."""
 
+import os
+
 import pytest
 import torch
 
 pytest.register_assert_rewrite("operands")  # its asserts say what they compared, as tests' do
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores, none of which needs more
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

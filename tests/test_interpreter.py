@@ -17,7 +17,7 @@ import sys
 import pytest
 import ras_kernels
 assert ras_kernels.backend("cpu") == "triton"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+sys.exit(pytest.main(["-q", "-o", "addopts=", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 

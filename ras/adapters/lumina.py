@@ -108,5 +108,6 @@ class LuminaNext(Adapter):
 
     def positions(self, inputs: Mapping[str, Any]) -> Tensor:
         # The table's last entry tells the two tables of a run apart (`scaling_watershed`); the
-        # pipeline makes them on the CPU, so that nothing waits for the GPU here.
-        return inputs["image_rotary_emb"][-1, -1].cpu()
+        # pipeline makes them on the CPU, so that nothing waits for the GPU here. Of a copy: a view
+        # would keep the table alive, which is a new one in each step.
+        return inputs["image_rotary_emb"][-1, -1].cpu().clone()
