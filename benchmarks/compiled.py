@@ -47,31 +47,31 @@ PARTS = 8  # of an op's variants, for as many cores
 
 
 class Spill(NamedTuple):
-    """An exception: at these head sizes a kernel may spill so many bytes on a target."""
+    """An exception: at these head sizes a kernel may spill so many bytes on a target.
+
+    Attributes:
+        text: What a variant has to be called by to be one.
+    """
 
     kernel: str
     target: str
     sizes: tuple[int, ...]
     most: int
     reason: str
+    text: str = ""
 
 
+BEFORE = "stored and loaded outside the loops over the keys"
+TWO_BLOCKS = f"ptxas keeps to 128 registers, so that two blocks fit; {BEFORE}"
+ONCE = "one number, in a kernel without loops"
 SPILLS = (
-    Spill(
-        "_attention_kernel",
-        "sm_100",
-        (72, 80, 88, 96),
-        16,
-        "ptxas keeps to 128 registers, so that two blocks fit; stored and loaded outside the "
-        "loops over the keys",
-    ),
-    Spill(
-        "_attention_kernel",
-        "sm_80",
-        (40, 88, 96),
-        8,
-        "stored and loaded outside the loops over the keys",
-    ),
+    Spill("_attention_kernel", "sm_80", (24,), 16, TWO_BLOCKS, "mask"),
+    Spill("_attention_kernel", "sm_80", (88, 96), 8, BEFORE),
+    Spill("_attention_kernel", "sm_90", (64,), 24, BEFORE, "odd strides"),
+    Spill("_attention_kernel", "sm_100", (40, 72, 80, 88, 96), 16, TWO_BLOCKS),
+    Spill("_attention_kernel", "gfx942", (88, 96), 16, BEFORE, "mask"),
+    Spill("_norm_rotary_kernel", "sm_90", (72, 96, 128), 8, ONCE),
+    Spill("_norm_rotary_kernel", "sm_100", (72,), 8, ONCE),
 )
 
 
@@ -216,7 +216,8 @@ def allowed(launch: Launch, chip: Chip) -> int:
     """Bytes that a launch may spill."""
     size = launch.options.get("SIZE")
     found = (s for s in SPILLS if (s.kernel, s.target) == (launch.name, chip.target))
-    return max((s.most for s in found if size in s.sizes), default=0)
+    fits = (s.most for s in found if size in s.sizes and s.text in launch.call.text)
+    return max(fits, default=0)
 
 
 def whole_vectors(launch: Launch, chip: Chip) -> bool:

@@ -232,12 +232,12 @@ class Tile(NamedTuple):
 
 
 def chunks(head_size: int) -> tuple[int, int]:
-    """A head size as one power of two, or up to 128 two: 72 is 64 + 16, of which 8 are masked.
+    """A head size as one power of two, or from 64 to 128 two: 72 is 64 + 16, of which 8 are masked.
 
     `tl.dot` wants at least 16 of what it sums over.
     """
     whole = next_power_of_2(max(head_size, 16))
-    if whole == max(head_size, 16) or not 32 < head_size <= 128:
+    if whole == max(head_size, 16) or not 64 < head_size <= 128:
         return whole, 0
     return whole // 2, max(next_power_of_2(head_size - whole // 2), 16)
 
