@@ -14,7 +14,8 @@ arithmetic with the limits in `benchmarks.chips`. Prints a table and what is wro
   of at least 64 rows;
 - a kernel that copies rows of whole 16-byte vectors, and not by 128 bits at a time.
 
-Then the exit status is 1. All of it takes hours of one core; `TRITON_CACHE_DIR` keeps what is done.
+Then the exit status is 1. All of it takes an hour and a half of one core; `TRITON_CACHE_DIR` keeps
+what is done.
 """
 
 from __future__ import annotations
