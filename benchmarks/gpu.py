@@ -197,6 +197,7 @@ def run(part: Part, folder: Path, limit: float) -> Row:
         limit: Seconds, after which it is interrupted.
     """
     log, began = folder / "parts" / f"{part.name}.log", time.monotonic()
+    before = part.made.read_bytes() if part.made.exists() else None
     part.made.unlink(missing_ok=True)
     command = [sys.executable, *part.command, part.target]
     with log.open("w", encoding="utf-8") as said:
@@ -207,6 +208,8 @@ def run(part: Part, folder: Path, limit: float) -> Row:
         results, error = part.read(part.made)
     except (OSError, ValueError, KeyError, ElementTree.ParseError) as unread:
         error = f"{part.made.name} tells nothing: {unread}"
+    if results is None and before is not None:
+        part.made.write_bytes(before)  # the figures of an earlier run are still good
     if late:
         error = f"interrupted after {limit:.0f} s"
     elif process.returncode and (results is None or error is None):

@@ -144,6 +144,7 @@ def compile_repeated_blocks(model: Model, **options: Any) -> Model:
 
     Raises:
         ValueError: The pipeline or its transformer is not supported.
+        TypeError: Neither a pipeline nor a transformer.
     """
     transformer: Any = _transformer(model)
     blocks = getattr(transformer, adapter_for(transformer).blocks)

@@ -58,9 +58,9 @@ class RASConfig:
             way, which takes a second cache.
         reuse_text: Whether partial steps leave the text tokens out, so that their last keys and
             values serve again, where they walk with the image (Stable Diffusion 3).
-        keep_caches: Whether caches stay between runs, at the same addresses, as CUDA graphs need
-            (`mode="reduce-overhead"`, `torch.cuda.graph`); otherwise they are freed after a run's
-            last step, before images are decoded.
+        keep_caches: Whether caches stay between runs of one size and plan, at the same addresses,
+            as CUDA graphs need (`mode="reduce-overhead"`, `torch.cuda.graph`); otherwise they are
+            freed after a run's last step, before images are decoded.
         mask_margin: By how many tokens the regions that `mask` marks are widened, at least 0.
 
     Raises:

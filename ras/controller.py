@@ -196,7 +196,8 @@ class Controller:
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.serves(module):
             self._walk = None
-            if self._forward is not None:  # not switched off during the call
+            # A call that failed may not have come that far; one may have switched us off.
+            if output is not None and self._forward is not None:
                 self._forward.after_call()
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
@@ -278,13 +279,13 @@ class Controller:
             rows = _for_batch(run.active, batch) if known and run.rows is not None else None
             return self._walk_of(run, branch, latents, rows, skip=run.skips and known)
         text_tokens = self._adapter.text_tokens(inputs)
-        key = (batch, text_tokens, self._adapter.positions(inputs))
+        dtype = _compute_dtype(latents)
+        key = (batch, text_tokens, dtype, self._adapter.positions(inputs))
         fits = _same(key, run.key)
         if not fits:
             self._free()
             run.key = key
-            if run.partial:
-                self._make_room(run, latents, text_tokens)
+            self._make_room(run, latents, text_tokens)
         # All stages of a step are of one kind.
         partial = fits and (begins or run.rows is not None)
         run.rows = _for_batch(run.active, batch) if partial else None
@@ -292,8 +293,14 @@ class Controller:
         return self._walk_of(run, branch, latents, run.rows, skip=run.skips)
 
     def _make_room(self, run: Run, latents: Tensor, text_tokens: int) -> None:
-        """For all layers' keys and values."""
+        """For all layers' keys and values, if they are needed; let go what is of another size."""
+        others = [b for b, held in self._noise.items() if held.noise.shape[1] != run.regions]
+        for branch in others:
+            del self._noise[branch]
         for layer in self._layers:
+            if not run.partial:
+                layer.clear()
+                continue
             layer.allocate(
                 len(latents),
                 run.regions,
@@ -406,10 +413,10 @@ class Controller:
             return
         selection = self._run.selection
         held = [] if selection is None else selection.tensors
-        for layer in self._layers:
+        for layer in self._layers if self._run.key else ():
             held += layer.tensors
         for noise in self._noise.values():
-            held += noise.tensors
+            held += noise.tensors if noise.begun else []
         total = sum(tensor.nbytes for tensor in held)
         self._run.cache_bytes = max(self._run.cache_bytes, total)
 
@@ -443,7 +450,9 @@ def _answer(
 def _compute_dtype(latents: Tensor) -> torch.dtype:
     """What a transformer's layers return for latents."""
     kind = latents.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else latents.dtype
+    if latents.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return latents.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def _for_batch(active: Tensor | None, batch: int) -> Tensor | None:

@@ -54,7 +54,7 @@ class HeldNoise:
         if extrapolates:
             self._change = room(change, shape, dtype, device)
             self._since = room(since, shape[:2], torch.float32, device)
-            self._gap = room(gap, shape[:2], torch.float32, device).zero_()
+            self._gap = room(gap, shape[:2], torch.float32, device)
 
     @property
     def noise(self) -> Tensor:
@@ -79,7 +79,7 @@ class HeldNoise:
             return None
         place = position(sigma)
         if begun:
-            since = read(self._since, rows)
+            since = read(self._since, rows)  # of all rows itself, so that the gap comes first
             write(self._gap, rows, place - since)
             write(self._since, rows, torch.full_like(since, place))
         else:
@@ -109,7 +109,7 @@ class HeldNoise:
         return ras_kernels.carry_tokens(self.noise, self._change, gain)
 
     def gain(self, sigma: float, extrapolation: float) -> Tensor | None:
-        """g of each token at noise level `sigma`, `(B, N)` float32, or None if none changed yet."""
+        """g of each token at noise level `sigma`, `(B, N)` float32; None if no change is kept."""
         if self._since is None or self._gap is None:
             return None
         if not extrapolation:

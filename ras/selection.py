@@ -58,6 +58,7 @@ class Selection:
             self._since = normal_empty(regions, torch.float32, noise.device).fill_(place)
             return
         assert self._pace is not None and self._since is not None
+        noise = noise.to(self._noise.dtype)  # loops by hand may mix them
         ras_kernels.update_drift_(
             self._noise,
             self._pace,

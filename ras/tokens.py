@@ -30,7 +30,7 @@ def normal_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 def room(
     kept: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """`kept` if it is like that, whatever it holds, or else zeros."""
-    if kept is not None and (kept.shape, kept.dtype, kept.device) == (shape, dtype, device):
-        return kept
-    return normal_empty(shape, dtype, device).zero_()
+    """Zeros, in the place of `kept` if that is like them."""
+    if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device):
+        kept = normal_empty(shape, dtype, device)
+    return kept.zero_()

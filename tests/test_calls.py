@@ -204,6 +204,33 @@ def test_autocast():
     assert result.isfinite().all() and result.dtype == expected.dtype
 
 
+def test_autocast_leaves_float64_alone():
+    pipe = pipelines.sd3()
+    pipe.to(torch.float64)
+    inputs = {k: v.double() if torch.is_tensor(v) else v for k, v in sd3_inputs(pipe).items()}
+    with ras.enabled(pipe, CONFIG):
+        expected = run(pipe, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(pipe, inputs), expected)
+
+
+def test_autocast_that_begins_in_mid_run(monkeypatch):
+    """The step is dense then: what was kept is of another dtype."""
+    pipe = pipelines.sd3()
+    inputs, model, calls = sd3_inputs(pipe), type(pipe.transformer), []
+    plain = model.__call__
+
+    def call(self, *args, **kwargs):
+        calls.append(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=len(calls) > 3):
+            return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(model, "__call__", call)
+    with ras.enabled(pipe, plan=(1, 1, 0.5, 0.5, 0.5, 1, 0.5, 1)):
+        assert run(pipe, inputs).isfinite().all()
+        assert steps_of(pipe) == (5, 3)
+
+
 # --- warnings -------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,26 @@ def test_forward_is_back():
     assert torch.equal(run(pipe, inputs), expected)
 
 
+def test_a_call_that_fails_on_its_way():
+    """It puts nothing on top of a wrapper, so that nothing is left when both are gone."""
+    pipe = pipelines.sd3()
+    inputs = sd3_inputs(pipe)
+    ras.enable(pipe, plan=SHARES)
+    ours = pipe.transformer.forward
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("on its way")
+
+    pipe.transformer.forward = broken
+    with pytest.raises(RuntimeError, match="on its way"):
+        run(pipe, inputs)
+    assert pipe.transformer.forward is broken
+    pipe.transformer.forward = ours
+    run(pipe, inputs)
+    ras.disable(pipe)
+    assert "forward" not in vars(pipe.transformer)
+
+
 def wrap(transformer):
     """What offloading does: a function in the place of `forward`, which calls what was there."""
     inner, calls = transformer.forward, []

@@ -297,6 +297,15 @@ def test_kept_caches_stay_where_they_are(family, settings):
     assert places() == []
 
 
+def test_kept_caches_forget_a_run_that_went_wrong():
+    """Nothing times 0 is nothing, unless it is no number."""
+    pipe, inputs = sd3()
+    with ras.enabled(pipe, plan=(1, 0.5, 0.5, 1, 0.5, 1, 0, 1), keep_caches=True):
+        expected = run(pipe, inputs)
+        run(pipe, {**inputs, "latents": torch.full_like(inputs["latents"], math.nan)})
+        assert torch.equal(run(pipe, inputs), expected)
+
+
 def test_kept_caches_of_another_size_are_let_go():
     """A run of another size has caches of its own; in the one after, only those are there."""
     pipe, inputs = sd3()

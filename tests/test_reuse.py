@@ -165,6 +165,17 @@ def test_drift_against_its_definition(monkeypatch):
                     assert torch.equal(chosen, best.sort(dim=1).values)
 
 
+def test_noise_of_another_dtype_is_observed():
+    """Loops by hand may mix them."""
+    chosen = []
+    for dtype in (torch.float32, torch.float64):
+        selection = Selection(ras.RASConfig(), 2)
+        selection.observe(guided(0), None, 0.9)
+        selection.observe(guided(1).to(dtype), None, 0.8)
+        chosen.append(selection.choose(guided(1), 3, 0.5))
+    assert torch.equal(*chosen)
+
+
 def test_masked_regions_come_first():
     selection = Selection(ras.RASConfig(), 2)
     selection.observe(guided(0), None, 0.9)
