@@ -38,6 +38,7 @@ from .tables import cells, folder_name
 ROOT = Path(__file__).parents[1]
 LOOK = 20  # seconds to see what the machine has
 GRACE = 10  # seconds for an interrupted part to write down what it has
+VERSIONS = "torch", "CUDA or ROCm", "triton", "diffusers", "driver"  # that results depend on
 WORKERS = 8  # processes of tests, where pytest-xdist is installed
 # Seconds of a pipeline's part, and those after which it begins no other round.
 LIMITS = {"eager": (540, 400), "compiled": (540, 400)}
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = look(options)
     folder = options.out / folder_name(machine["device"])
     (folder / "parts").mkdir(parents=True, exist_ok=True)
+    forget_others(folder / "parts", machine)
     write(folder / "parts" / "environment.json", machine)
     records, deadline = [], began + LOOK
     for part in parts(options, folder):
@@ -105,6 +107,16 @@ def look(options: argparse.Namespace) -> Row:
         )
     flags = [f"--{name}" for name in ("quick", "tiny") if getattr(options, name)]
     return machine | {"tiny": options.tiny, "command": " ".join(["benchmarks.gpu", *flags])}
+
+
+def forget_others(records: Path, machine: Row) -> None:
+    """Remove what was found with other versions, which is not to stand beside new figures."""
+    known = records / "environment.json"
+    if known.exists():
+        before = json.loads(known.read_text(encoding="utf-8"))
+        if any(before.get(name) != machine.get(name) for name in VERSIONS):
+            for record in records.glob("*.json"):
+                record.unlink()
 
 
 # --- the parts ------------------------------------------------------------------------------------

@@ -138,6 +138,15 @@ def test_a_part_that_takes_too_long_is_interrupted(tmp_path):
     assert gpu.finished(part, tmp_path) is None
 
 
+def test_results_of_other_versions_are_forgotten(tmp_path):
+    for name in ("environment", "kernels"):
+        gpu.write(tmp_path / f"{name}.json", {"torch": "2.11", "driver": "1", "free disk": 3})
+    gpu.forget_others(tmp_path, {"torch": "2.11", "driver": "1", "free disk": 2})
+    assert (tmp_path / "kernels.json").exists()
+    gpu.forget_others(tmp_path, {"torch": "2.12", "driver": "1", "free disk": 2})
+    assert not (tmp_path / "kernels.json").exists()
+
+
 def test_failed_tests_and_ops_are_named(tmp_path):
     made = tmp_path / "made.xml"
     case = '<testcase classname="tests.test_x" name="test_{}">{}</testcase>'
