@@ -213,7 +213,13 @@ def run(part: Part, folder: Path, limit: float) -> Row:
     part.made.unlink(missing_ok=True)
     command = [sys.executable, *part.command, part.target]
     with log.open("w", encoding="utf-8") as said:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            preexec_fn=heed_interruptions,
+        )
         late = not ended(process, limit)
     results, error = None, None
     try:
@@ -230,6 +236,11 @@ def run(part: Part, folder: Path, limit: float) -> Row:
     record |= {"seconds": round(time.monotonic() - began, 1), "results": results}
     write(folder / "parts" / f"{part.name}.json", record)
     return record
+
+
+def heed_interruptions() -> None:
+    """Shells have what they start in the background ignore them, and so its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ended(process: subprocess.Popen[bytes], limit: float) -> bool:
