@@ -78,7 +78,7 @@ class KVCache:
         *,
         carries: bool,
     ) -> None:
-        """Make room unless there is; `update` with all tokens is what fills it.
+        """Make room, where it was if there is some; `update` with all tokens is what fills it.
 
         Args:
             shape: `(B, N, G, D)`, of the image tokens' keys.

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import ras_kernels
 
+from .tokens import write
+
 KeyValue = tuple[Tensor, Tensor]
 NORMS = {
     (RMSNorm, False): "rms_norm",
@@ -194,10 +196,8 @@ def _put(kept: Tensor, changes: Tensor | None, index: Tensor | None, rows: Tenso
     rows = rows.to(kept.dtype)  # with autocast a norm may return another than its layer
     if changes is not None:
         ras_kernels.update_tokens_(kept, changes, index, rows)
-    elif index is None:
-        kept.copy_(rows)
     else:
-        ras_kernels.scatter_tokens_(kept, index, rows)
+        write(kept, index, rows)
 
 
 def _all(tokens: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class HeldNoise:
         *,
         extrapolates: bool,
     ) -> None:
-        """Make room unless there is; `merge` of all tokens is what fills it.
+        """Make room, where it was if there is some; `merge` of all tokens is what fills it.
 
         Args:
             shape: `(B, N, C)`.

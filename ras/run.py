@@ -14,7 +14,7 @@ from .config import RASConfig
 from .plan import Plan
 from .report import Stats
 from .selection import Selection
-from .tokens import normal_empty
+from .tokens import room
 
 
 @dataclass
@@ -121,8 +121,7 @@ class Run:
         assert self.active is not None
         if self.active_counts is None or len(self.active_counts) != len(self.active):
             shape = (len(self.active), self.regions)
-            active = self.active
-            self.active_counts = normal_empty(shape, active.dtype, active.device).zero_()
+            self.active_counts = room(None, shape, self.active.dtype, self.active.device)
         self.active_counts.scatter_add_(1, self.active.long(), torch.ones_like(self.active))
 
     def stats(self, runs: int, warnings: tuple[str, ...]) -> Stats:

@@ -133,7 +133,7 @@ def test_a_part_that_takes_too_long_is_interrupted(tmp_path):
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(test))
     part = gpu.Part("tests", command, 0, f"--junitxml={made}", made, gpu.read_tests)
     record = gpu.run(part, tmp_path, 8)
-    assert record["error"] == "interrupted after 8 s" and record["seconds"] < 50
+    assert record["error"] == "interrupted after 8 s" and record["seconds"] < 8 + gpu.GRACE
     assert record["results"]["passed"] == 1
     assert gpu.finished(part, tmp_path) is None
 
