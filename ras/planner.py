@@ -15,11 +15,16 @@ observation that noise wanders at a uniform pace in the position
 
     u = 0.2 log(sigma) - log(1 - sigma)
 
-namely as a fractional Brownian motion of it, `E |v_i - v_j|^2 = |u_i - u_j|^(2H)`. The prediction
-of such a process from two points is the `g` of `gains` (Mandelbrot and Van Ness, 1968, give the
-covariance; the best linear prediction is its normal equation). The constants were chosen on the
-bundled model with 28 steps, shift 3 and guidance 4; `benchmarks.pareto` tells what they are worth
-elsewhere.
+namely as a fractional Brownian motion of it, `E |v_i - v_j|^2 = |u_i - u_j|^(2H)`, until it jumps
+at the end: noise below sigma 0.05 has a part of its own besides, of variance
+
+    JUMP * (1 - sigma / 0.05)
+
+The prediction of a fractional Brownian motion from two points is the `g` of `gains` (Mandelbrot
+and Van Ness, 1968, give the covariance; the best linear prediction is its normal equation). The
+constants were chosen on the bundled model with 28 steps, shift 3 and guidance 4, that of the jump
+on this model and another SD3 at guidance 1, 4 and 7 in 20, 28 and 50 steps (3 and 10 did equally
+well); `benchmarks.pareto` tells what they are worth elsewhere.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ Array = NDArray[np.float64]
 Steps = NDArray[np.integer]
 
 SIGMAS = 0.05, 0.9999  # beyond which the position is taken to stand still: it has no end there
+JUMP = 3.0  # variance, see above, in that of noise over a distance of 1
 TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
 MASK_PAYS = 0.35  # cost of a partial step, in dense ones, above which a mask is no use to a plan
 PARTIALS = 2  # for each dense step, under a mask
@@ -73,11 +79,12 @@ def carried(ahead: Any, behind: Any, extrapolation: float) -> Any:
 
 
 def covariance(sigmas: Sequence[float], extrapolation: float) -> Array:
-    """`K` of a fractional Brownian motion in position, up to a constant, `(n, n)`."""
+    """`K` of a fractional Brownian motion with its jumps, up to a constant, `(n, n)`."""
     positions = np.array([position(sigma) for sigma in sigmas])
     distance = np.abs(positions[:, None] - positions)
     # All rows that K is multiplied by sum to 0, so that -D/2 does for it.
-    return -0.5 * distance ** roughness(extrapolation)
+    jumps = JUMP * np.maximum(1 - np.asarray(sigmas, float) / SIGMAS[0], 0)
+    return -0.5 * distance ** roughness(extrapolation) + np.diag(jumps)
 
 
 def gains(kernel: Array, before: int, last: int, steps: Steps) -> Array:

@@ -18,7 +18,7 @@ from pipelines import normal, sd3_inputs
 from runs import SHARES, gain, levels, run, run_noting_warnings
 
 import ras
-from ras.planner import ErrorModel, covariance, gains, plan_run, plan_speedup, position
+from ras.planner import JUMP, ErrorModel, covariance, gains, plan_run, plan_speedup, position
 from ras.scheduler import noise_levels
 
 pytestmark = [
@@ -102,6 +102,19 @@ def test_pinned_steps_may_leave_a_long_way_to_go(steps, pinned):
     model = ErrorModel(sigmas, covariance(sigmas[:-1], 0.6), hold=False)
     for count in (1, len({0, *pinned})):
         assert model.best(count, pinned) == tuple(sorted({0, *pinned}))
+
+
+def test_noise_jumps_below_sigma_0_05():
+    """So the end is computed where the rest is good enough for it to matter, and only there."""
+    sigmas = (0.9, 0.5, 0.05, 0.025, 0.01)
+    kernel = covariance(sigmas, 0.625)
+    smooth = covariance((0.9, 0.5, 0.05, 0.05, 0.05), 0.625)  # positions stand still at the end
+    jumps = np.diag(kernel - smooth)
+    assert np.allclose(jumps, [0, 0, 0, JUMP / 2, JUMP * 0.8])
+    assert np.allclose(kernel - np.diag(jumps), smooth)
+    sigmas = tuple(levels(28))
+    for speedup, last in ((1.25, 1), (1.5, 1), (2, 1), (3, 0), (4, 0)):
+        assert plan_run(ras.RASConfig(speedup=speedup), sigmas, 256, 0)[0].shares[-1] == last
 
 
 @pytest.mark.parametrize("extrapolation", [0.3, 0.62, 1.0])
