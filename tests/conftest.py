@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-pytest.register_assert_rewrite("operands")  # its asserts say what they compared, as tests' do
+pytest.register_assert_rewrite("support.operands")  # its asserts say what they compared
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores, none of which needs more
     torch.set_num_threads(1)

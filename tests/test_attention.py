@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from operands import COMPUTED, DEVICE, check, few, laid, layouts, normal, read, wide
+from support.operands import COMPUTED, DEVICE, check, few, laid, layouts, normal, read, wide
 
 import ras_kernels
 from ras_kernels import reference

@@ -7,12 +7,12 @@ import math
 import re
 
 import numpy as np
-import pipelines
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
-from pipelines import normal
-from runs import Stop, held_like, merged, predicted
+from support import pipelines
+from support.pipelines import normal
+from support.runs import Stop, held_like, merged, predicted
 from test_undo import Snapshot, check_undone
 
 import ras

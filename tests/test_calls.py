@@ -1,11 +1,10 @@
 """`ras` from call to call: what changes between calls, and runs that die."""
 
-import naive
-import pipelines
 import pytest
 import torch
-from pipelines import Recorder, sd3_inputs
-from runs import (
+from support import naive, pipelines
+from support.pipelines import Recorder, sd3_inputs
+from support.runs import (
     CONFIG,
     SPARSE,
     Stop,

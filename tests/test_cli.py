@@ -10,12 +10,12 @@ from pathlib import Path
 from string import ascii_lowercase
 
 import numpy as np
-import pipelines
 import pytest
 import safetensors.torch
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNet2DModel
 from PIL import Image
+from support import pipelines
 from transformers import CLIPTokenizer
 
 import ras

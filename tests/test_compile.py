@@ -7,12 +7,12 @@ same model without compilation; Inductor's own code is compared in two cases at 
 import functools
 import inspect
 
-import pipelines
 import pytest
 import torch
 from diffusers import UNet2DModel
-from naive import relative_error
-from runs import SHARES, load_lora, loop, lora, run
+from support import pipelines
+from support.naive import relative_error
+from support.runs import SHARES, load_lora, loop, lora, run
 from torch import nn
 
 import ras

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operands import calls, far
+from support.operands import calls, far
 
 from ras_kernels import _checks
 

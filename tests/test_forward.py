@@ -4,12 +4,12 @@ import copy
 import warnings
 from types import SimpleNamespace
 
-import pipelines
 import pytest
 import torch
-from naive import relative_error
-from pipelines import sd3_inputs
-from runs import DENSE_STEPS, SHARES, run
+from support import pipelines
+from support.naive import relative_error
+from support.pipelines import sd3_inputs
+from support.runs import DENSE_STEPS, SHARES, run
 
 import ras
 

@@ -4,12 +4,12 @@ import random
 import threading
 
 import numpy
-import pipelines
 import pytest
 import torch
-from naive import relative_error
-from pipelines import Recorder, of_sample, sd3_inputs
-from runs import CONFIG, run
+from support import pipelines
+from support.naive import relative_error
+from support.pipelines import Recorder, of_sample, sd3_inputs
+from support.runs import CONFIG, run
 
 import ras
 

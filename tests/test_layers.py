@@ -1,13 +1,12 @@
 """`ras` with layers that are not the usual ones: LoRA, fused projections, other processors."""
 
-import naive
-import pipelines
 import pytest
 import torch
 from diffusers import StableDiffusion3PAGPipeline
-from naive import relative_error
-from pipelines import Recorder, normal, sd3_inputs
-from runs import (
+from support import naive, pipelines
+from support.naive import relative_error
+from support.pipelines import Recorder, normal, sd3_inputs
+from support.runs import (
     CONFIG,
     SPARSE,
     STEPS,

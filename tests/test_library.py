@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operands import DEVICE, INTERPRETED, LAYER_NORM, calls, laid, normal, turns
+from support.operands import DEVICE, INTERPRETED, LAYER_NORM, calls, laid, normal, turns
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ras_kernels

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from operands import (
+from support.operands import (
     COMPUTED,
     DEVICE,
     batches,

@@ -3,16 +3,15 @@
 import itertools
 import warnings
 
-import naive
 import numpy as np
-import pipelines
 import pytest
 import torch
 from diffusers import StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
-from naive import relative_error
 from PIL import Image
-from pipelines import Recorder, normal, sd3_inputs
-from runs import SCHEDULERS, run, steps_of
+from support import naive, pipelines
+from support.naive import relative_error
+from support.pipelines import Recorder, normal, sd3_inputs
+from support.runs import SCHEDULERS, run, steps_of
 from test_undo import Snapshot, check_undone
 
 import ras

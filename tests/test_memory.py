@@ -9,12 +9,12 @@ import math
 import weakref
 from collections import Counter
 
-import pipelines
 import pytest
 import torch
-from operands import DEVICE
-from pipelines import lumina_inputs, sd3_inputs
-from runs import Stop, run, stop_at
+from support import pipelines
+from support.operands import DEVICE
+from support.pipelines import lumina_inputs, sd3_inputs
+from support.runs import Stop, run, stop_at
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

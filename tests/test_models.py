@@ -2,14 +2,13 @@
 
 import warnings
 
-import naive
-import pipelines
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
-from naive import relative_error
-from pipelines import Recorder, normal, random_rows, sd3_inputs, sparse_steps
-from runs import (
+from support import naive, pipelines
+from support.naive import relative_error
+from support.pipelines import Recorder, normal, random_rows, sd3_inputs, sparse_steps
+from support.runs import (
     CONFIG,
     RESETS,
     SPARSE,

@@ -6,12 +6,11 @@ of the published dimensions with a few layers.
 
 import math
 
-import naive
-import pipelines
 import pytest
 import torch
-from naive import relative_error
-from pipelines import Recorder, sparse_steps
+from support import naive, pipelines
+from support.naive import relative_error
+from support.pipelines import Recorder, sparse_steps
 
 import ras
 

@@ -6,8 +6,6 @@ for. The oracle of quantised layers is `naive.py` with the weights that they sta
 """
 
 import accelerate
-import naive
-import pipelines
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
@@ -15,10 +13,11 @@ from diffusers import SD3Transformer2DModel
 from diffusers.hooks import group_offloading
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from diffusers.utils import torch_utils
-from naive import relative_error
-from operands import DEVICE
-from pipelines import Recorder, sd3_inputs
-from runs import CONFIG, check, fresh, load_lora, loop, lora, lumina_oracle, run
+from support import naive, pipelines
+from support.naive import relative_error
+from support.operands import DEVICE
+from support.pipelines import Recorder, sd3_inputs
+from support.runs import CONFIG, check, fresh, load_lora, loop, lora, lumina_oracle, run
 
 import ras
 import ras_kernels

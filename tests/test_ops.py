@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import torch
-from operands import COMPUTED
+from support.operands import COMPUTED
 
 import ras_kernels
 from ras_kernels import _checks

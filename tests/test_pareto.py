@@ -6,10 +6,10 @@ import sys
 from contextlib import contextmanager
 
 import numpy as np
-import pipelines
 import pytest
 import torch
 from PIL import Image
+from support import pipelines
 
 pytest.importorskip("diffusers", minversion="0.42")  # which has all of its caches
 

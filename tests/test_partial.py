@@ -5,13 +5,12 @@ The oracle is that of `naive.py` with what is kept carried on, token by token.
 
 import itertools
 
-import naive
-import pipelines
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
-from pipelines import Recorder, normal, sd3_inputs
-from runs import check, drift_scores, gain, levels, lumina_oracle, run
+from support import naive, pipelines
+from support.pipelines import Recorder, normal, sd3_inputs
+from support.runs import check, drift_scores, gain, levels, lumina_oracle, run
 
 import ras
 from ras.controller import Controller

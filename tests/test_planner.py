@@ -8,14 +8,14 @@ import json
 import math
 
 import numpy as np
-import pipelines
 import pytest
 from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
 )
-from pipelines import normal, sd3_inputs
-from runs import SHARES, gain, levels, run, run_noting_warnings
+from support import pipelines
+from support.pipelines import normal, sd3_inputs
+from support.runs import SHARES, gain, levels, run, run_noting_warnings
 
 import ras
 from ras.planner import JUMP, ErrorModel, covariance, gains, plan_run, plan_speedup, position

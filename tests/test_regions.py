@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from operands import COMPUTED, batches, check, laid, more, normal, read, wide
+from support.operands import COMPUTED, batches, check, laid, more, normal, read, wide
 
 import ras_kernels
 from ras_kernels import reference

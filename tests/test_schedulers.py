@@ -2,8 +2,6 @@
 
 import gc
 
-import naive
-import pipelines
 import pytest
 import torch
 from diffusers import (
@@ -11,9 +9,10 @@ from diffusers import (
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
 )
-from naive import relative_error
-from pipelines import Recorder, normal, random_rows, sd3_inputs
-from runs import (
+from support import naive, pipelines
+from support.naive import relative_error
+from support.pipelines import Recorder, normal, random_rows, sd3_inputs
+from support.runs import (
     CONFIG,
     SCHEDULERS,
     SPARSE,

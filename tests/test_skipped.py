@@ -3,14 +3,14 @@
 The oracle is a stand-in for the plain transformer that answers the skipped steps itself.
 """
 
-import pipelines
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from naive import relative_error
-from pipelines import sd3_inputs
-from runs import DENSE_STEPS, SHARES, gain, loop, run
+from support import pipelines
+from support.naive import relative_error
+from support.pipelines import sd3_inputs
+from support.runs import DENSE_STEPS, SHARES, gain, loop, run
 
 import ras
 from ras.planner import position

@@ -7,13 +7,13 @@ have no values, as a CUDA graph is captured. The rest needs a GPU.
 import collections
 import traceback
 
-import pipelines
 import pytest
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
-from naive import relative_error
-from operands import DEVICE
-from runs import run
+from support import pipelines
+from support.naive import relative_error
+from support.operands import DEVICE
+from support.runs import run
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -3,12 +3,12 @@
 import copy
 import gc
 
-import pipelines
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchHeunDiscreteScheduler, UNet2DModel
-from pipelines import normal, sd3_inputs
-from runs import CONFIG, LORA_LAYERS, Stop, load_lora, lora, run, stop_at
+from support import pipelines
+from support.pipelines import normal, sd3_inputs
+from support.runs import CONFIG, LORA_LAYERS, Stop, load_lora, lora, run, stop_at
 
 import ras
 

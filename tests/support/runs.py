@@ -8,8 +8,6 @@ import itertools
 import math
 import warnings
 
-import naive
-import pipelines
 import torch
 from diffusers import (
     DEISMultistepScheduler,
@@ -21,12 +19,13 @@ from diffusers import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
-from naive import relative_error
-from pipelines import Recorder, normal
 
 import ras
 from ras.planner import position
 from ras.reuse import HeldNoise
+from support import naive, pipelines
+from support.naive import relative_error
+from support.pipelines import Recorder, normal
 
 STEPS, START, RESETS = 8, 2, (5,)
 SPARSE = [2, 3, 4, 6, 7]
