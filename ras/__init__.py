@@ -5,16 +5,17 @@ from pathlib import Path
 from ras_kernels import __version__
 
 from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, plan, stats
-from .calibration import calibrate
 from .config import RASConfig
-from .controller import RASWarning
-from .plan import Plan
-from .report import Stats
+from .plan import Plan, RunPlan
+from .policy.calibration import calibrate
+from .session import RASWarning
+from .stats import Stats
 
 __all__ = [
     "Plan",
     "RASConfig",
     "RASWarning",
+    "RunPlan",
     "Stats",
     "__version__",
     "bundled_model",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,16 +12,25 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pag.pag_utils import PAGMixin
-from torch import nn
+from torch import Tensor, nn
 
-from .adapters import adapter_for
+from .clock import read_clock
 from .config import RASConfig
-from .controller import Controller
+from .families import Family, family_of
+from .layout import Layout
 from .masks import as_mask
-from .plan import Plan
-from .planner import plan_run
-from .report import Stats
-from .scheduler import noise_levels, of_steps, order_of
+from .plan import DENSE, SKIP, RunPlan
+from .policy.planner import plan_run
+from .session import Session
+from .stats import Stats
+
+DISCRETE = {  # schedulers of tokens out of a vocabulary
+    "AmusedScheduler",
+    "BlockRefinementScheduler",
+    "DiscreteDDIMScheduler",
+    "EntropyBoundScheduler",
+    "VQDiffusionScheduler",
+}
 
 Model = TypeVar("Model")
 
@@ -54,47 +62,50 @@ def enable(
     Raises:
         TypeError: An option that does not exist, or a value of the wrong type.
         ValueError: A value out of its range, a mask with nothing under it, a bare transformer
-            without its scheduler, or a pipeline, transformer or attention processor that is not
-            supported. Nothing has been changed then.
+            without its scheduler, a pipeline that is not supported, or a setting that asks for
+            partial steps where there can be none. Nothing has been changed then.
     """
     config = _configured(config, overrides)
-    transformer = _transformer(model)
-    adapter = adapter_for(transformer)
     pipe = model if isinstance(model, DiffusionPipeline) else None
-    if isinstance(pipe, PAGMixin):
+    if pipe is None and not callable(getattr(scheduler, "step", None)):
+        name = type(_transformers(model)[0]).__name__
         raise ValueError(
-            f"{type(pipe).__name__} is not supported: perturbed-attention guidance replaces "
-            "attention processors in each call; use the pipeline without PAG"
+            f"a bare {name} needs the scheduler that its noise is handed to: "
+            f"enable(transformer, scheduler=...); got {scheduler!r}"
         )
     if pipe is not None and scheduler is not None:
         raise ValueError(
             f"a {type(pipe).__name__} has its own scheduler; set pipe.scheduler, and leave "
             "scheduler= to bare transformers"
         )
-    if pipe is None and not callable(getattr(scheduler, "step", None)):
-        raise ValueError(
-            f"a bare {type(transformer).__name__} needs the scheduler that its noise is handed "
-            f"to: enable(transformer, scheduler=...); got {scheduler!r}"
-        )
     marked = mask if mask is None or mask is False else as_mask(mask)
-    controller = Controller(
-        transformer, adapter, config, scheduler=scheduler, pipe=pipe, mask=marked
-    )
-    obstacle = controller.obstacle()
-    if obstacle is not None:
-        raise ValueError(
-            f"the attention processor {obstacle} is not supported; take it out before ras.enable"
-        )
+    families = [(transformer, _family(transformer, pipe)) for transformer in _transformers(model)]
+    session = Session(families, config, scheduler=scheduler, pipe=pipe, mask=marked)
+    wanted = _partial_steps(config, marked)
+    for mount in session.mounts if wanted else ():
+        obstacle = mount.obstacle()
+        if not mount.family.regions:
+            name = type(mount.transformer if pipe is None else pipe).__name__
+            raise ValueError(
+                f"{wanted} asks for partial steps, which are not known for {name} (`ras models` "
+                "lists what is); speedup= plans whole steps for it"
+            )
+        if obstacle is not None:
+            raise ValueError(
+                f"{wanted} asks for partial steps, for which the attention processor {obstacle} "
+                "is not supported; take it out before ras.enable, or ask for speedup= alone"
+            )
     disable(model)
-    controller.attach()
+    session.attach()
     return model
 
 
 def disable(model: object) -> None:
     """Leave the model as it was before `enable`; no effect if it is not enabled."""
-    controller = Controller.of(_transformer(model))
-    if controller is not None:
-        controller.detach()
+    for transformer in _transformers(model):
+        session = Session.of(transformer)
+        if session is not None:
+            session.detach()
 
 
 @contextmanager
@@ -115,22 +126,22 @@ def enabled(
 
 
 def is_enabled(model: object) -> bool:
-    """Whether a pipeline's transformer, or a bare one, is enabled."""
-    return Controller.of(_transformer(model)) is not None
+    """Whether a pipeline, or a bare transformer, is enabled."""
+    return session_of(model) is not None
 
 
 def stats(model: object) -> Stats:
     """What the last run did. Raises ValueError if the model is not enabled."""
-    controller = Controller.of(_transformer(model))
-    if controller is None:
+    session = session_of(model)
+    if session is None:
         raise ValueError(f"this {type(model).__name__} is not enabled; call ras.enable on it first")
-    return controller.stats()
+    return session.stats()
 
 
 def compile_repeated_blocks(model: Model, **options: Any) -> Model:
-    """Have each block of a transformer compiled by itself, in place, before or after `enable`.
+    """Have each block of the transformers compiled by itself, in place, before or after `enable`.
 
-    Blocks of one kind share their code: with `enable`, a dense and a sparse graph for each kind.
+    Blocks of one kind share their code: with `enable`, a dense and a partial graph for each kind.
     It is what diffusers' method of this name does for models that list their repeated blocks.
 
     Args:
@@ -143,15 +154,22 @@ def compile_repeated_blocks(model: Model, **options: Any) -> Model:
         `model`.
 
     Raises:
-        ValueError: The pipeline or its transformer is not supported.
+        ValueError: The pipeline is not supported, or nobody says what the blocks of its
+            transformer are.
         TypeError: Neither a pipeline nor a transformer.
     """
-    transformer: Any = _transformer(model)
-    blocks = getattr(transformer, adapter_for(transformer).blocks)
+    found = [(transformer, _blocks(transformer)) for transformer in _transformers(model)]
+    for transformer, blocks in found:
+        if not blocks:
+            raise ValueError(
+                f"{type(transformer).__name__} does not say which of its modules are repeated "
+                "blocks; call its own compile()"
+            )
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options = {"recompile_limit": 64, **options}
-    for block in blocks:
-        block.compile(**options)
+    for _, blocks in found:
+        for block in blocks:
+            block.compile(**options)
     return model
 
 
@@ -162,8 +180,8 @@ def plan(
     height: int | None = None,
     width: int | None = None,
     text_tokens: int | None = None,
-) -> Plan:
-    """Print what each step of a run would compute, before anything runs, and return it.
+) -> RunPlan:
+    """Plan what each step of a run would compute, before anything runs; `print` shows it.
 
     Args:
         model: A pipeline, enabled (its settings count) or not (`RASConfig()` does); or settings,
@@ -175,39 +193,44 @@ def plan(
 
     Raises:
         TypeError: Neither a pipeline nor settings.
-        ValueError: The pipeline or its transformer is not supported.
+        ValueError: The pipeline is not supported, or its scheduler takes no number of steps alone.
     """
     if isinstance(model, RASConfig):
-        config = model
+        config, masked = model, None
         scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        regions, text, marked = 4096, 333, None
+        layout = Layout((64, 64), 333)
     elif not isinstance(model, DiffusionPipeline):
         raise TypeError(f"plan takes a pipeline or a RASConfig, got {type(model).__name__}")
     else:
         pipe: Any = model
-        transformer: Any = _transformer(pipe)
-        controller, adapter = Controller.of(transformer), adapter_for(transformer)
-        config = RASConfig() if controller is None else controller.config
-        scheduler = copy.deepcopy(pipe.scheduler)
-        size = transformer.config.sample_size * pipe.vae_scale_factor
-        patch = transformer.config.patch_size * pipe.vae_scale_factor
-        grid = (height or size) // patch, (width or size) // patch
-        regions = math.prod(grid)
-        masked = None if controller is None else controller.masked(grid)
-        marked = None if masked is None else masked.shape[1]
-        text = adapter.usual_text_tokens(pipe)
+        transformer: Any = _transformers(pipe)[0]
+        family, session = _family(transformer, pipe), Session.of(transformer)
+        config = RASConfig() if session is None else session.config
+        scheduler, layout = copy.deepcopy(pipe.scheduler), Layout()
+        if family.regions:
+            size = transformer.config.sample_size * pipe.vae_scale_factor
+            patch = transformer.config.patch_size * pipe.vae_scale_factor
+            layout = Layout(
+                ((height or size) // patch, (width or size) // patch), family.usual_text(pipe)
+            )
+        masked = None if session is None else session.masked(layout)
+    if text_tokens is not None:
+        layout = dataclasses.replace(layout, text=text_tokens)
     dynamic = scheduler.config.get("use_dynamic_shifting")
     shift = {"mu": scheduler.config.base_shift} if dynamic else {}  # pipelines' own at base_seq_len
-    scheduler.set_timesteps(num_inference_steps, **shift)
-    levels = of_steps(noise_levels(scheduler), order_of(scheduler))
-    text = text if text_tokens is None else text_tokens
-    made, complaint = plan_run(config, levels, regions, text, marked)
-    reached = made.speedup(regions, text, reuse_text=config.reuse_text)
-    print(made)
-    print(f"speed-up {reached:.3f} ({regions} image and {text} text tokens)")
-    if complaint is not None:
-        print(complaint)
-    return made
+    try:
+        scheduler.set_timesteps(num_inference_steps, **shift)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not take {num_inference_steps} steps alone: {error}"
+        ) from error
+    marked = None if masked is None else masked.shape[1]
+    return plan_run(config, read_clock(scheduler), layout, marked)
+
+
+def session_of(model: object) -> Session | None:
+    """The session of an enabled pipeline or transformer."""
+    return next(filter(None, map(Session.of, _transformers(model))), None)
 
 
 def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfig:
@@ -225,16 +248,79 @@ def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfi
     return dataclasses.replace(config or RASConfig(), **overrides)
 
 
-def _transformer(model: object) -> nn.Module:
-    """A pipeline's transformer, or a bare one, beneath `torch.compile`."""
-    found = model
-    if isinstance(model, DiffusionPipeline):
-        found = getattr(model, "transformer", None)
-        if found is None:
-            raise ValueError(f"{type(model).__name__} has no transformer, which RAS works on")
-    found = getattr(found, "_orig_mod", found)
-    if not isinstance(found, nn.Module):
-        raise TypeError(
-            f"expected a DiffusionPipeline or a transformer, got {type(model).__name__}"
+def _partial_steps(config: RASConfig, mask: Any) -> str | None:
+    """The setting that asks for partial steps, if any does."""
+    if isinstance(mask, Tensor):
+        return "mask="
+    if config.sample_ratio is not None and config.sample_ratio < 1:
+        return "sample_ratio="
+    shares = () if config.plan is None else config.plan.shares
+    return "plan=" if any(SKIP < share < DENSE for share in shares) else None
+
+
+def _family(transformer: nn.Module, pipe: Any) -> Family:
+    """The record of a transformer, of whole steps alone where partial ones cannot be."""
+    family = family_of(transformer)
+    if isinstance(pipe, PAGMixin):  # it replaces attention processors in each call
+        return Family(family.model, blocks=family.blocks)
+    return family
+
+
+def _blocks(transformer: Any) -> list[nn.Module]:
+    """The blocks that repeat, by our record or by what diffusers says of the class."""
+    lists = family_of(transformer).blocks
+    if lists:
+        return [block for name in lists for block in transformer.get_submodule(name)]
+    kinds = getattr(transformer, "_repeated_blocks", None) or ()
+    return [module for module in transformer.modules() if type(module).__name__ in kinds]
+
+
+def _transformers(model: object) -> list[nn.Module]:
+    """The denoisers of a pipeline, or a bare one, beneath `torch.compile`.
+
+    Raises:
+        ValueError: A pipeline whose denoiser is no transformer, or which no scheduler steps.
+        TypeError: Neither a pipeline nor a transformer.
+    """
+    if not isinstance(model, DiffusionPipeline):
+        found = getattr(model, "_orig_mod", model)
+        if not isinstance(found, nn.Module):
+            raise TypeError(
+                f"expected a DiffusionPipeline or a transformer, got {type(model).__name__}"
+            )
+        if _is_unet(found):
+            raise ValueError(
+                f"{type(found).__name__} is not supported: it is a UNet, no transformer"
+            )
+        return [found]
+    name, parts = type(model).__name__, _components(model)
+    scheduler = parts.get("scheduler")
+    denoisers = [
+        getattr(part, "_orig_mod", part)
+        for role, part in parts.items()
+        if "transformer" in role and isinstance(part, nn.Module)
+    ]
+    unets = [part for part in parts.values() if _is_unet(part)]
+    if unets:
+        raise ValueError(
+            f"{name} is not supported: its denoiser is a UNet ({type(unets[0]).__name__}), and RAS "
+            "works on transformers"
         )
-    return found
+    if not denoisers:
+        raise ValueError(f"{name} is not supported: it has no transformer, which RAS works on")
+    if not callable(getattr(scheduler, "step", None)):
+        raise ValueError(f"{name} is not supported: no scheduler steps its noise")
+    if type(scheduler).__name__ in DISCRETE:
+        raise ValueError(
+            f"{name} is not supported: its diffusion is discrete ({type(scheduler).__name__}), and "
+            "what a step predicts cannot be carried on"
+        )
+    return denoisers
+
+
+def _components(pipe: Any) -> dict[str, Any]:
+    return pipe.components
+
+
+def _is_unet(part: object) -> bool:
+    return any("UNet" in base.__name__ for base in type(part).__mro__)

@@ -46,14 +46,14 @@ class RASConfig:
             `skip_num_step_length` steps have gone by, around the mean that `sample_ratio` gives.
         skip_num_step_length: See `skip_num_step`; at least 1 if that is not 0.
         metric: Which tokens a partial step computes: `"drift"`, those whose reused noise is
-            predicted to be most in error (see `ras.selection`); `"std"` or `"l2norm"`, by the
-            paper's scores (see `ras_kernels.region_scores`) and the two settings below.
+            predicted to be most in error (see `ras.policy.selection`); `"std"` or `"l2norm"`, by
+            the paper's scores (see `ras_kernels.region_scores`) and the two settings below.
         high_ratio: Share of the dropped tokens that have the highest scores, in [0, 1]; the
             rest have the lowest. Not for `"drift"`.
         starvation_scale: How strongly the steps that a region has waited speak for it, at least
             0, see `ras_kernels.select_regions`. Not for `"drift"`.
         extrapolation: What reused noise becomes: the last predicted noise, plus this share of
-            its last change after an equally long time (see `ras.reuse`), in [0, 1]. 0 holds it.
+            its last change after an equally long time (see `ras.output`), in [0, 1]. 0 holds it.
         kv_correction: Whether the keys and values of inactive tokens are carried on in the same
             way, which takes a second cache.
         reuse_text: Whether partial steps leave the text tokens out, so that their last keys and

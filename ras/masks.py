@@ -48,7 +48,7 @@ def as_mask(value: Any) -> Tensor:
     return mask
 
 
-def masked_regions(mask: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
+def masked_regions(mask: Tensor, grid: tuple[int, ...], margin: int) -> Tensor:
     """The regions that a mask touches, widened by `margin` regions, `(S, k)` ascending int32.
 
     Args:

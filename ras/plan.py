@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from functools import cached_property
+from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .layout import Layout
+
+if TYPE_CHECKING:
+    from .config import RASConfig
 
 FORMAT = 1  # of the file
 DENSE, SKIP = 1.0, 0.0
@@ -114,6 +120,59 @@ class Plan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is going to do, known before it begins. `print` shows it.
+
+    Attributes:
+        plan: What each step computes.
+        layout: The tokens of a sample.
+        config: The settings.
+        warning: What the run cannot do of what it was asked for, or None.
+    """
+
+    plan: Plan
+    layout: Layout
+    config: RASConfig
+    warning: str | None = None
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """The number of the noise's tokens that each step computes."""
+        return self.plan.counts(self.layout.tokens)
+
+    @cached_property
+    def dense(self) -> bool:
+        """Whether all steps compute all tokens."""
+        return min(self.counts) == self.layout.tokens
+
+    @cached_property
+    def partial(self) -> bool:
+        """Whether a step computes some tokens, for which keys and values have to be kept."""
+        return any(0 < count < self.layout.tokens for count in self.counts)
+
+    @property
+    def speedup(self) -> float:
+        """Tokens of a dense run per token computed, text included."""
+        tokens, text = self.layout.tokens, self.layout.text
+        return self.plan.speedup(tokens, text, reuse_text=self.config.reuse_text)
+
+    @cached_property
+    def extrapolation(self) -> tuple[float, ...]:
+        """How what is reused in each step is carried on."""
+        factors = self.plan.extrapolation
+        return (self.config.extrapolation,) * len(self.counts) if factors is None else factors
+
+    @cached_property
+    def extrapolates(self) -> bool:
+        """Whether it is carried on in any step."""
+        return any(self.extrapolation)
+
+    def __str__(self) -> str:
+        lines = [str(self.plan), f"speed-up {self.speedup:.3f} ({self.layout})"]
+        return "\n".join(lines if self.warning is None else [*lines, self.warning])
+
+
 def as_plan(value: Any) -> Plan:
     """A plan from what a user may give for one: a `Plan`, a file's path, or the shares.
 
@@ -129,47 +188,6 @@ def as_plan(value: Any) -> Plan:
     if isinstance(value, Sequence):
         return Plan(tuple(value))
     raise TypeError(f"plan must be a ras.Plan, a plan's file or a list of shares, got {value!r}")
-
-
-def paper_plan(
-    num_steps: int,
-    num_tokens: int,
-    *,
-    sample_ratio: float,
-    error_reset_steps: Sequence[int | float],
-    scheduler_start_step: int,
-    scheduler_end_step: int | None,
-    skip_num_step: int,
-    skip_num_step_length: int,
-) -> Plan:
-    """The schedule of arXiv 2502.10389: `sample_ratio` of the tokens in all but some steps.
-
-    See `RASConfig` for the arguments. The number of dropped tokens is truncated as in the
-    published code, and moves around its mean as `skip_num_step` says.
-    """
-    last = num_steps - 1
-    end = last if scheduler_end_step is None else min(scheduler_end_step, last)
-    dense = resets(error_reset_steps, num_steps)
-
-    def kept(step: int) -> int:
-        if step == 0 or not scheduler_start_step <= step <= end or step in dense:
-            return num_tokens
-        dropped = int((1 - sample_ratio) * num_tokens)
-        if skip_num_step:  # the middle of the sparse steps drops what sample_ratio says
-            length = skip_num_step_length
-            stage = (step - scheduler_start_step) // length
-            dropped += skip_num_step * (stage - (num_steps - scheduler_start_step) // (2 * length))
-        return num_tokens - min(max(dropped, 0), num_tokens - 1)
-
-    return Plan(tuple(kept(step) / num_tokens for step in range(num_steps)))
-
-
-def resets(error_reset_steps: Sequence[int | float], num_steps: int) -> set[int]:
-    """The steps that whole numbers and fractions of the run name."""
-    return {
-        int(reset) if isinstance(reset, Integral) else int(reset * num_steps)
-        for reset in error_reset_steps
-    }
 
 
 def _text(number: float) -> str:

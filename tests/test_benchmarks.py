@@ -51,7 +51,7 @@ def test_end_to_end_of_lumina_with_guidance_and_a_plan(tmp_path, capsys):
 def test_ceilings_of_the_published_models(name, family, capsys):
     options = end_to_end.parse([f"--family={name}", "--ratios", "0.75", "0.125"])
     for ratio, config in zip(options.ratios, end_to_end.settings(options).values()):
-        plan = ras.plan(config, options.steps)
+        plan = ras.plan(config, options.steps).plan
         assert family.ceiling(ratio) == pytest.approx(plan.speedup(4096, family.walking_text))
 
 
@@ -117,7 +117,7 @@ def test_elsewhere(capsys, monkeypatch):
 def test_plans(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plans, "CALIBRATED", (2.0,))
     monkeypatch.setattr(plans, "STEPS", 6)
-    monkeypatch.setattr("ras.calibration.ROUNDS", 0)
+    monkeypatch.setattr("ras.policy.calibration.ROUNDS", 0)
     folders = tmp_path / "regions", tmp_path / "whole"
     plans.main(["--prompts=1", "--out", str(folders[0]), "--whole-steps", str(folders[1])])
     for folder in folders:

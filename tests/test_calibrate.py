@@ -12,12 +12,16 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from support import pipelines
 from support.pipelines import normal
-from support.runs import Stop, held_like, merged, predicted
+from support.runs import Stop, held_like, merged, planned, predicted
 from test_undo import Snapshot, check_undone
 
 import ras
-from ras import calibration, cli
-from ras.planner import ErrorModel, covariance, plan_run, plan_speedup
+from ras import cli
+from ras.clock import Clock
+from ras.layout import Layout
+from ras.policy import calibration
+from ras.policy.error_model import ErrorModel, covariance
+from ras.policy.planner import plan_speedup
 
 pytestmark = pytest.mark.filterwarnings("error::ras.RASWarning")
 
@@ -124,11 +128,11 @@ def test_the_kernel_is_that_of_the_guided_noise(monkeypatch, tmp_path, scheduler
     measured = json.loads(path.read_text())["noise"]
     assert np.array(measured["kernel"]) == pytest.approx(expected, rel=1e-4)
     sigmas = pipe.scheduler.sigmas.tolist()
-    assert measured["sigmas"] == pytest.approx([*sigmas[:-1:order], sigmas[-1]])
-    assert measured["tokens"] == [64, 12]
+    assert measured["clock"] == [pytest.approx(sigmas), order, "flow"]
+    assert (measured["grid"], measured["text"]) == ([8, 8], 12)
     # without rounds the plan is the model's best
-    model = ErrorModel(measured["sigmas"], expected, hold=False)
-    assert plan.shares == plan_speedup(model, 2.2, 64, 12, reuse_text=False).shares
+    model = ErrorModel(Clock(tuple(sigmas), order).weights, expected, hold=False)
+    assert plan.shares == plan_speedup(model, 2.2, Layout((8, 8), 12), reuse_text=False).shares
 
 
 def test_factors_amount_to_the_models_gains():
@@ -137,7 +141,7 @@ def test_factors_amount_to_the_models_gains():
     sigmas = [1, 0.9, 0.8, 0.65, 0.5, 0.3, 0.1, 0]
     wander = generator.normal(size=(7, 7)) * 0.1
     kernel = covariance(sigmas[:-1], 0.5) + wander @ wander.T
-    model = ErrorModel(sigmas, kernel, hold=False)
+    model = ErrorModel(Clock(tuple(sigmas)).weights, kernel, hold=False)
     shares = (1, 0, 1, 1, 0, 0.5, 0)
     found = calibration.factors(model, sigmas, shares)
     assert [found[s] for s in (0, 1, 2, 3)] == [0, 0, 0, 0]
@@ -169,9 +173,9 @@ def test_a_move_costs_what_it_saves(monkeypatch):
 @pytest.mark.parametrize("tokens, text", [(64, 12), (4096, 333), (4096, 0)])
 def test_neighbours_are_one_move_away(tokens, text):
     shares = (1, 1, 0, 1, 0, 0.5, 0, 1, 0, 0)
-    sigmas = [1 - i / 10 for i in range(11)]
-    model = ErrorModel(sigmas, np.eye(10), hold=False)
-    near = calibration.neighbours(model, shares, (0.25, 0.5), tokens, text, False)
+    model = ErrorModel([0.1] * 10, np.eye(10), hold=False)
+    layout = Layout((tokens,), text)
+    near = calibration.neighbours(model, shares, (0.25, 0.5), layout, reuse_text=False)
     assert len(near) == len(set(near)) and shares not in near
     for plan in near:
         ras.Plan(plan)
@@ -291,76 +295,72 @@ def test_a_calibrated_plans_file(monkeypatch, tmp_path, capsys):
 # --- plan -----------------------------------------------------------------------------------------
 
 
-def printed(capsys):
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("scheduler", [pipelines.euler, FlowMatchHeunDiscreteScheduler])
 @pytest.mark.parametrize("settings", [{}, dict(speedup=3, reuse_text=True), dict(sample_ratio=0.5)])
-def test_plan_is_what_a_run_then_does(capsys, settings, scheduler):
+def test_plan_is_what_a_run_then_does(settings, scheduler):
     """By the model's own size and the pipeline's default arguments."""
     pipe = build(scheduler=scheduler())
     ras.enable(pipe, **settings)
     latents(pipe)
     last, timesteps = ras.stats(pipe).plan, pipe.scheduler.timesteps
-    capsys.readouterr()
-    plan = ras.plan(pipe, 6)
-    text = printed(capsys)
+    found = ras.plan(pipe, 6)
+    plan, text = found.plan, str(found)
     assert ras.stats(pipe).plan == last and pipe.scheduler.timesteps is timesteps
     pipe("a red ring", num_inference_steps=6, output_type="latent")
     stats = ras.stats(pipe)
     assert plan == stats.plan
     assert str(plan) in text and "256 image and 264 text tokens" in text
     shown = float(re.search(r"speed-up ([\d.]+)", text)[1])
+    assert shown == pytest.approx(found.speedup, abs=1e-3)
     reuse_text = settings.get("reuse_text", False)
     assert shown == pytest.approx(plan.speedup(256, 264, reuse_text=reuse_text), abs=1e-3)
     if scheduler is pipelines.euler:
         assert shown == pytest.approx(stats.speedup_ceiling, abs=1e-3)
 
 
-def test_plan_of_a_given_size(capsys):
+def test_plan_of_a_given_size():
     pipe = build()
     plan = ras.plan(pipe, STEPS, height=128, width=96, text_tokens=12)
-    assert "48 image and 12 text tokens" in printed(capsys)
+    assert "48 image and 12 text tokens" in str(plan)
     with ras.enabled(pipe):
         call = {**CALL, "width": 96}
         pipe("a", num_inference_steps=STEPS, output_type="latent", **call)
-        assert ras.stats(pipe).plan == plan
+        assert ras.stats(pipe).plan == plan.plan
 
 
-def test_plan_of_lumina(capsys):
+def test_plan_of_lumina():
     pipe = pipelines.lumina()
     ras.enable(pipe, speedup=2.5)
     plan = ras.plan(pipe, 10, height=128, width=192)
-    assert "96 image and 0 text tokens" in printed(capsys)
+    assert "96 image and 0 text tokens" in str(plan)
     pipe(**pipelines.lumina_inputs(pipe, height=16, width=24), num_inference_steps=10)
-    assert ras.stats(pipe).plan == plan
+    assert ras.stats(pipe).plan == plan.plan
 
 
-def test_plan_with_a_mask(capsys):
+def test_plan_with_a_mask():
     mask = np.zeros((8, 8), np.float32)
     mask[:1] = 1
     pipe = build()
     ras.enable(pipe, mask=mask, mask_margin=0)
     plan = ras.plan(pipe, STEPS, height=128, width=128, text_tokens=12)
     latents(pipe)
-    assert ras.stats(pipe).plan == plan and 0.125 in plan.shares
+    assert ras.stats(pipe).plan == plan.plan and 0.125 in plan.plan.shares
 
 
-def test_plan_of_settings(capsys):
+def test_plan_of_settings():
     config = ras.RASConfig(speedup=2.5)
     plan = ras.plan(config, 28)
-    assert "4096 image and 333 text tokens" in printed(capsys)
+    assert "4096 image and 333 text tokens" in str(plan)
     scheduler = pipelines.euler()
     scheduler.set_timesteps(28)
-    assert plan == plan_run(config, tuple(scheduler.sigmas.tolist()), 4096, 333)[0]
-    assert plan.speedup(4096, 333) == pytest.approx(2.5, rel=0.03)
-    assert math.prod(plan.shares) == 0
+    assert plan.plan == planned(config, scheduler.sigmas.tolist(), 4096, 333)[0]
+    assert plan.speedup == pytest.approx(2.5, rel=0.03)
+    assert math.prod(plan.plan.shares) == 0
 
 
-def test_plan_says_what_cannot_be_met(capsys):
-    ras.plan(ras.RASConfig(speedup=50), 8)
-    assert "50 cannot be met in 8 steps" in printed(capsys)
+def test_plan_says_what_cannot_be_met():
+    found = ras.plan(ras.RASConfig(speedup=50), 8)
+    assert "50 cannot be met in 8 steps" in found.warning and found.warning in str(found)
 
 
 def test_plan_takes_a_pipeline_or_settings():

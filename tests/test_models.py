@@ -11,6 +11,7 @@ from support.pipelines import Recorder, normal, random_rows, sd3_inputs, sparse_
 from support.runs import (
     CONFIG,
     RESETS,
+    SHARES,
     SPARSE,
     START,
     STEPS,
@@ -336,17 +337,19 @@ def test_steps_that_are_not_seen():
         assert ras.stats(pipe.transformer).steps_sparse == 0
 
 
-def test_two_calls_of_one_branch_in_a_step():
-    """Guidance in two calls that cannot be told apart: dense and right, with one warning."""
+@pytest.mark.parametrize("plan", [(1, 1, 0.5, 0, 1, 0.25, 0, 0.5), SHARES])
+def test_guidance_in_two_calls(plan):
+    """Each branch has its own caches: it is guidance in one."""
     pipe = pipelines.sd3()
-    inputs = sd3_inputs(pipe, 2)
-    scheduler = pipelines.euler()
-    plain = loop(pipe.transformer, scheduler, inputs, separate=True)
-    ras.enable(pipe.transformer, CONFIG, scheduler=scheduler)
-    with pytest.warns(ras.RASWarning) as told:
-        result = loop(pipe.transformer, scheduler, inputs, separate=True)
-    assert len([w for w in told if issubclass(w.category, ras.RASWarning)]) == 1
-    assert relative_error(result, plain) < 1e-5
+    inputs, scheduler = sd3_inputs(pipe, 2), pipelines.euler()
+    ras.enable(pipe.transformer, plan=plan, scheduler=scheduler)
+    together = loop(pipe.transformer, scheduler, inputs)
+    counts = ras.stats(pipe.transformer).region_counts
+    apart = loop(pipe.transformer, scheduler, inputs, separate=True)
+    stats = ras.stats(pipe.transformer)
+    assert relative_error(apart, together) < 1e-5
+    assert stats.calls_total == 16 and torch.equal(stats.region_counts, counts)
+    assert (stats.steps_sparse > 0) == (plan is not SHARES) and stats.steps_skipped
 
 
 def test_gradients_are_those_of_the_plain_model():

@@ -13,8 +13,8 @@ from support.pipelines import Recorder, normal, sd3_inputs
 from support.runs import check, drift_scores, gain, levels, lumina_oracle, run
 
 import ras
-from ras.controller import Controller
-from ras.planner import position
+from ras.api import session_of
+from ras.clock import position
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -178,7 +178,8 @@ def test_the_active_rows_are_those_that_drift(monkeypatch):
 
 def text_rows(pipe):
     """The text's keys in each layer's cache."""
-    caches = [layer._ours.cache for layer in Controller.of(pipe.transformer)._layers]
+    (branch,) = session_of(pipe)._branches.values()
+    caches = branch.caches
     return torch.stack([cache._kept[0][:, cache._image_tokens :] for cache in caches])
 
 
@@ -219,8 +220,8 @@ def test_nothing_is_kept_when_a_run_ends(monkeypatch):
     with ras.enabled(pipe, plan=(1, 1, 0.5, 0, 1, 0.25, 0, 0.5)):
         for call in ({}, dict(callback_on_step_end=interrupt)):
             run(pipe, sd3_inputs(pipe), **call)
-            controller = Controller.of(pipe.transformer)
-            assert controller._run.selection is None and not controller._noise
+            session = session_of(pipe)
+            assert session.run.selection is None and not session._branches
             assert ras.stats(pipe).cache_bytes > 0
 
 

@@ -3,16 +3,16 @@
 import dataclasses
 
 import pytest
+from support.runs import planned
 
 import ras
-from ras.planner import plan_run
 
 PAPER = ras.RASConfig.paper
 
 
 def plan_steps(config, num_steps, num_tokens):
     sigmas = tuple(1 - step / num_steps for step in range(num_steps + 1))
-    return plan_run(config, sigmas, num_tokens, 0)[0].counts(num_tokens)
+    return planned(config, sigmas, num_tokens, 0)[0].counts(num_tokens)
 
 
 def sparse(plan, tokens):

@@ -15,11 +15,13 @@ from diffusers import (
 )
 from support import pipelines
 from support.pipelines import normal, sd3_inputs
-from support.runs import SHARES, gain, levels, run, run_noting_warnings
+from support.runs import SHARES, gain, levels, planned, run, run_noting_warnings
 
 import ras
-from ras.planner import JUMP, ErrorModel, covariance, gains, plan_run, plan_speedup, position
-from ras.scheduler import noise_levels
+from ras.clock import Clock, position, read_clock
+from ras.layout import Layout
+from ras.policy.error_model import JUMP, ErrorModel, covariance, gains
+from ras.policy.planner import plan_speedup
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -55,7 +57,7 @@ def direct_error(noise, sigmas, dense, hold):
 @pytest.mark.parametrize("hold", [False, True])
 def test_stretch_and_error_are_those_of_explicit_vectors(hold):
     noise, sigmas = vectors()
-    model = ErrorModel(sigmas, noise @ noise.T, hold=hold)
+    model = ErrorModel(Clock(tuple(sigmas)).weights, noise @ noise.T, hold=hold)
     for dense in ([0], [0, 1], [0, 3], [0, 2, 3, 7], [0, 1, 5], list(range(8))):
         assert model.error(dense) == pytest.approx(direct_error(noise, sigmas, dense, hold))
     for before, last in ((0, 1), (0, 4), (2, 3)):
@@ -76,7 +78,7 @@ def test_the_search_is_exact(hold, pinned):
     """Of all subsets, for every count and several kinds of noise."""
     for seed in range(3):
         noise, sigmas = vectors(seed=seed)
-        model = ErrorModel(sigmas, noise @ noise.T, hold=hold)
+        model = ErrorModel(Clock(tuple(sigmas)).weights, noise @ noise.T, hold=hold)
         for count in range(1, 9):
             size = max(count, len({0, *pinned}))
             subsets = [
@@ -90,7 +92,7 @@ def test_the_search_is_exact(hold, pinned):
 
 def test_the_search_is_exact_where_few_steps_reach_far():
     noise, sigmas = vectors(n=40)
-    model = ErrorModel(sigmas, noise @ noise.T, hold=False)
+    model = ErrorModel(Clock(tuple(sigmas)).weights, noise @ noise.T, hold=False)
     least = min(range(1, 40), key=lambda s: direct_error(noise, sigmas, [0, s], False))
     assert model.best(2) == (0, least)
     assert model.best(1) == (0,)
@@ -99,7 +101,7 @@ def test_the_search_is_exact_where_few_steps_reach_far():
 @pytest.mark.parametrize("steps, pinned", [(28, range(10)), (100, range(20)), (50, range(30, 50))])
 def test_pinned_steps_may_leave_a_long_way_to_go(steps, pinned):
     sigmas = levels(steps)
-    model = ErrorModel(sigmas, covariance(sigmas[:-1], 0.6), hold=False)
+    model = ErrorModel(Clock(tuple(sigmas)).weights, covariance(sigmas[:-1], 0.6), hold=False)
     for count in (1, len({0, *pinned})):
         assert model.best(count, pinned) == tuple(sorted({0, *pinned}))
 
@@ -114,12 +116,12 @@ def test_noise_jumps_below_sigma_0_05():
     assert np.allclose(kernel - np.diag(jumps), smooth)
     sigmas = tuple(levels(28))
     for speedup, last in ((1.25, 1), (1.5, 1), (2, 1), (3, 0), (4, 0)):
-        assert plan_run(ras.RASConfig(speedup=speedup), sigmas, 256, 0)[0].shares[-1] == last
+        assert planned(ras.RASConfig(speedup=speedup), sigmas, 256, 0)[0].shares[-1] == last
 
 
 @pytest.mark.parametrize("extrapolation", [0.3, 0.62, 1.0])
 def test_gains_are_the_closed_form(extrapolation):
-    """The best linear prediction on the model's covariance is the formula of `ras/reuse.py`."""
+    """The best linear prediction on the model's covariance is the formula of `ras/clock.py`."""
     sigmas = levels(12)[:-1]
     kernel = covariance(sigmas, extrapolation)
     at = [position(sigma) for sigma in sigmas]
@@ -169,9 +171,10 @@ class AnyPlace(ErrorModel):
 def test_every_speedup_is_met(tokens, text, reuse_text):
     """For each number of steps; what a plan costs does not hang on where its steps lie."""
     for steps in range(8, 101):
-        model = AnyPlace([1 - i / steps for i in range(steps + 1)], np.eye(steps), hold=False)
+        model = AnyPlace([1 / steps] * steps, np.eye(steps), hold=False)
+        layout = Layout((tokens,), text)
         for target in TARGETS:
-            plan = plan_speedup(model, target, tokens, text, reuse_text=reuse_text)
+            plan = plan_speedup(model, target, layout, reuse_text=reuse_text)
             assert len(plan.shares) == steps and plan.shares[0] == 1
             reached = steps * (tokens + text) / cost(plan, tokens, text, reuse_text)
             assert reached == pytest.approx(target, rel=0.03), (steps, plan)
@@ -183,32 +186,32 @@ def test_every_speedup_is_met(tokens, text, reuse_text):
 @pytest.mark.parametrize("steps, target", [(8, 4), (9, 1.25), (11, 3), (28, 2.5), (50, 2)])
 def test_a_runs_plan_meets_its_speedup(steps, target, tokens, text, reuse_text):
     config = ras.RASConfig(target, reuse_text=reuse_text)
-    plan, complaint = plan_run(config, levels(steps), tokens, text)
+    plan, complaint = planned(config, levels(steps), tokens, text)
     reached = steps * (tokens + text) / cost(plan, tokens, text, reuse_text)
     assert complaint is None and reached == pytest.approx(target, rel=0.03)
 
 
 def test_the_default_is_a_speedup_of_two():
-    default = plan_run(ras.RASConfig(), levels(28), 1024, 333)[0]
-    assert default == plan_run(ras.RASConfig(2), levels(28), 1024, 333)[0]
-    assert plan_run(ras.RASConfig(1), levels(28), 1024, 333)[0].shares == (1,) * 28
+    default = planned(ras.RASConfig(), levels(28), 1024, 333)[0]
+    assert default == planned(ras.RASConfig(2), levels(28), 1024, 333)[0]
+    assert planned(ras.RASConfig(1), levels(28), 1024, 333)[0].shares == (1,) * 28
 
 
 def test_one_partial_step_for_what_is_left():
     """By hand: 8 steps at a half of 1.6 are 2.5 dense ones; of text there are 20 tokens."""
-    plan, _ = plan_run(ras.RASConfig(3.2), levels(8), 100, 20)
+    plan, _ = planned(ras.RASConfig(3.2), levels(8), 100, 20)
     shares = [share for share in plan.shares if share not in (0, 1)]
     assert plan.shares.count(1) == 2 and shares == [pytest.approx((0.5 * 120 - 20) / 100)]
-    plan, _ = plan_run(ras.RASConfig(3.2, reuse_text=True), levels(8), 100, 20)
+    plan, _ = planned(ras.RASConfig(3.2, reuse_text=True), levels(8), 100, 20)
     shares = [share for share in plan.shares if share not in (0, 1)]
     assert plan.shares.count(1) == 2 and shares == [pytest.approx(0.6)]
 
 
 @pytest.mark.parametrize("speedup, dense", [(1.5, 19), (2, 14), (2.5, 11), (2.472, 11)])
 def test_no_partial_step_where_whole_ones_come_near_enough(speedup, dense):
-    plan, _ = plan_run(ras.RASConfig(speedup), levels(28), 1024, 333)
+    plan, _ = planned(ras.RASConfig(speedup), levels(28), 1024, 333)
     assert plan.shares.count(1) == dense and set(plan.shares) == {0, 1}
-    plan, _ = plan_run(ras.RASConfig(speedup, sample_ratio=0.05), levels(28), 1024, 333)
+    plan, _ = planned(ras.RASConfig(speedup, sample_ratio=0.05), levels(28), 1024, 333)
     assert set(plan.shares) <= {0, 0.05, 1}
 
 
@@ -237,7 +240,7 @@ def test_pinned_steps_are_dense():
     config = ras.RASConfig(
         2, scheduler_start_step=3, scheduler_end_step=24, error_reset_steps=(9, 0.5, 99)
     )
-    plan, complaint = plan_run(config, levels(28), 1024, 333)
+    plan, complaint = planned(config, levels(28), 1024, 333)
     assert complaint is None
     assert all(plan.shares[s] == 1 for s in (0, 1, 2, 9, 14, 25, 26, 27))
     assert min(plan.shares) == 0
@@ -246,7 +249,7 @@ def test_pinned_steps_are_dense():
 @pytest.mark.parametrize("speedup", [2.1, 2.9])
 def test_partial_steps_are_of_the_asked_ratio(speedup):
     config = ras.RASConfig(speedup, sample_ratio=0.125)
-    plan, complaint = plan_run(config, levels(28), 1024, 333)
+    plan, complaint = planned(config, levels(28), 1024, 333)
     assert complaint is None and set(plan.shares) == {0, 0.125, 1}
 
 
@@ -261,11 +264,12 @@ def test_any_noise_levels(scheduler):
     if sigmas is None:
         heun = FlowMatchHeunDiscreteScheduler()
         heun.set_timesteps(20)
-        stages = noise_levels(heun)
+        stages = read_clock(heun).stages
         assert len(stages) == 40 and stages[1] == stages[2] > stages[3]
-        sigmas = (*stages[:-1:2], stages[-1])
+        sigmas = read_clock(heun).sigmas
+        assert sigmas == (*stages[:-1:2], stages[-1])
         assert len(sigmas) == 21 and all(a > b for a, b in itertools.pairwise(sigmas))
-    plan, complaint = plan_run(ras.RASConfig(2.5), sigmas, 1024, 333)
+    plan, complaint = planned(ras.RASConfig(2.5), sigmas, 1024, 333)
     assert complaint is None and len(plan.shares) == len(sigmas) - 1
     assert plan.speedup(1024, 333) == pytest.approx(2.5, rel=0.03)
 
@@ -274,7 +278,7 @@ def test_image_to_image_is_planned_from_where_it_begins():
     scheduler = pipelines.euler()
     scheduler.set_timesteps(20)
     scheduler.set_begin_index(8)
-    assert noise_levels(scheduler) == tuple(scheduler.sigmas.tolist()[8:])
+    assert read_clock(scheduler).stages == tuple(scheduler.sigmas.tolist()[8:])
 
 
 # --- plans and their files ------------------------------------------------------------------------
@@ -320,7 +324,7 @@ def test_counts_and_speedup_of_a_plan():
     [
         ras.Plan((1, 0, 1)),
         ras.Plan((1, 1 / 3, 0, 1e-9, 0.9999999), (0, 0.1 + 0.2, -0.5, 3, 0), 'two "lines"\n×'),
-        plan_run(ras.RASConfig(2.2), levels(28), 1000, 77)[0],
+        planned(ras.RASConfig(2.2), levels(28), 1000, 77)[0],
     ],
 )
 def test_a_saved_plan_is_the_same(tmp_path, plan):
@@ -423,7 +427,7 @@ def test_the_default_run():
         stats = ras.stats(pipe)
     assert stats.speedup_ceiling == pytest.approx(2, rel=0.03)
     assert stats.steps_skipped and stats.warnings == ()
-    assert stats.plan == plan_run(ras.RASConfig(), levels(20), 64, 12)[0]
+    assert stats.plan == planned(ras.RASConfig(), levels(20), 64, 12)[0]
 
 
 def test_image_to_image_follows_its_own_plan():
@@ -432,5 +436,5 @@ def test_image_to_image_follows_its_own_plan():
     with ras.enabled(pipe, speedup=2.5):
         run(pipe, inputs, steps=20)
         stats = ras.stats(pipe)
-    assert stats.plan == plan_run(ras.RASConfig(2.5), levels(20)[10:], 64, 12)[0]
+    assert stats.plan == planned(ras.RASConfig(2.5), levels(20)[10:], 64, 12)[0]
     assert stats.steps_dense + stats.steps_sparse + stats.steps_skipped == 10

@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 import torch
+from einops import rearrange
 from support.naive import relative_error
 from support.pipelines import normal
 from support.runs import drift_scores, gain, held_like, merged, predicted
 
 import ras
 import ras_kernels
-from ras.planner import position
-from ras.selection import Selection
+from ras.clock import position
+from ras.policy.selection import Selection
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -138,6 +139,10 @@ def guided(seed):
     return normal(2, 3, 4, 6, seed=seed)  # of 2 x 3 regions of 2 x 2 pixels
 
 
+def tokens(noise):
+    return rearrange(noise, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2)
+
+
 def test_drift_against_its_definition(monkeypatch):
     rows = torch.tensor([[0, 4], [2, 3]])
     updates = [(0.95, None, guided(0)), (0.8, None, guided(1)), (0.6, rows, guided(2))]
@@ -149,13 +154,13 @@ def test_drift_against_its_definition(monkeypatch):
         return select(scores, ages, count, **options)
 
     monkeypatch.setattr(ras_kernels, "select_regions", recorded)
-    selection = Selection(ras.RASConfig(), 2)
+    selection = Selection(ras.RASConfig(), 4)
     for done in range(1, 4):
         level, active, noise = updates[done - 1]
-        selection.observe(noise, active, level)
+        selection.observe(tokens(noise), active, level)
         for sigma in (0.5, 0.1):
             for count in (1, 2, 5, 6):
-                chosen = selection.choose(noise, count, sigma)
+                chosen = selection.choose(tokens(noise), count, sigma)
                 expected = drift_scores(updates[:done], sigma)
                 assert torch.allclose(seen[-1], expected, rtol=1e-4)
                 assert chosen.dtype == torch.int32 and chosen.shape == (2, count)
@@ -169,21 +174,21 @@ def test_noise_of_another_dtype_is_observed():
     """Loops by hand may mix them."""
     chosen = []
     for dtype in (torch.float32, torch.float64):
-        selection = Selection(ras.RASConfig(), 2)
-        selection.observe(guided(0), None, 0.9)
-        selection.observe(guided(1).to(dtype), None, 0.8)
-        chosen.append(selection.choose(guided(1), 3, 0.5))
+        selection = Selection(ras.RASConfig(), 4)
+        selection.observe(tokens(guided(0)), None, 0.9)
+        selection.observe(tokens(guided(1)).to(dtype), None, 0.8)
+        chosen.append(selection.choose(tokens(guided(1)), 3, 0.5))
     assert torch.equal(*chosen)
 
 
 def test_masked_regions_come_first():
-    selection = Selection(ras.RASConfig(), 2)
-    selection.observe(guided(0), None, 0.9)
-    selection.observe(guided(1), None, 0.8)
+    selection = Selection(ras.RASConfig(), 4)
+    selection.observe(tokens(guided(0)), None, 0.9)
+    selection.observe(tokens(guided(1)), None, 0.8)
     scores = drift_scores([(0.9, None, guided(0)), (0.8, None, guided(1))], 0.5)
     low = scores.argsort(dim=1)[:, :2].sort(dim=1).values
-    chosen = selection.choose(guided(1), 3, 0.5, low)
+    chosen = selection.choose(tokens(guided(1)), 3, 0.5, low)
     for s in range(2):
         best = scores[s].argmax().item()
         assert set(chosen[s].tolist()) == {*low[s].tolist(), best}
-    assert torch.equal(selection.choose(guided(1), 2, 0.5, low), low)
+    assert torch.equal(selection.choose(tokens(guided(1)), 2, 0.5, low), low)

@@ -13,8 +13,7 @@ from support.pipelines import sd3_inputs
 from support.runs import DENSE_STEPS, SHARES, gain, loop, run
 
 import ras
-from ras.planner import position
-from ras.scheduler import noise_levels
+from ras.clock import position, read_clock
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -34,7 +33,7 @@ class ByHand:
 
     def __call__(self, *args, **kwargs):
         step = self.stage // self.scheduler.order
-        t = position(noise_levels(self.scheduler)[self.stage])
+        t = position(read_clock(self.scheduler).stages[self.stage])
         self.stage += 1
         if self.shares[step]:
             noise = self.compute(*args, **{**kwargs, "return_dict": False})[0]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ras
-from ras.controller import Controller
+from ras.api import session_of
 from ras_kernels import _checks
 
 STEPS = 10
@@ -124,7 +124,7 @@ def reads(monkeypatch, family, config, mask=None):
     with monkeypatch.context() as patch:
         watch = Reads(patch, pipe.scheduler)
         if mask is not None:
-            watch.given.append(Controller.of(pipe.transformer)._mask)
+            watch.given.append(session_of(pipe).mask)
         make = "diffusers.pipelines.lumina.pipeline_lumina.get_2d_rotary_pos_embed_lumina"
 
         def noted(*args, before=get_2d_rotary_pos_embed_lumina, **kwargs):
@@ -226,9 +226,8 @@ class Loop:
 
     @property
     def kept(self):
-        controller = Controller.of(self.transformer)
-        held = [*controller._layers, *controller._noise.values()]
-        return [tensor for each in held for tensor in each.tensors]
+        branches = session_of(self.transformer)._branches.values()
+        return [tensor for branch in branches for tensor in branch.held]
 
 
 STEP_KINDS = {"dense": 3, "partial": 4, "skipped": 7}

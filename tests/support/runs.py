@@ -21,8 +21,10 @@ from diffusers import (
 )
 
 import ras
-from ras.planner import position
-from ras.reuse import HeldNoise
+from ras.clock import Clock, position
+from ras.layout import Layout
+from ras.output import HeldTokens
+from ras.policy.planner import plan_run
 from support import naive, pipelines
 from support.naive import relative_error
 from support.pipelines import Recorder, normal
@@ -204,6 +206,12 @@ def levels(steps, shift=3.0):
     return tuple(scheduler.sigmas.tolist())
 
 
+def planned(config, sigmas, tokens, text, masked=None):
+    """The plan of a run of so many tokens, and what is warned of."""
+    found = plan_run(config, Clock(tuple(sigmas)), Layout((1, tokens), text), masked)
+    return found.plan, found.warning
+
+
 def gain(ahead, behind, extrapolation):
     """g of one token: the formula at the top of `ras/reuse.py`."""
     if not ahead or not behind:
@@ -236,7 +244,7 @@ def drift_scores(updates, sigma, width=6):
 
 def held_like(noise, extrapolates=True):
     """Room for noise of this shape."""
-    held = HeldNoise()
+    held = HeldTokens()
     held.allocate(noise.shape, noise.dtype, noise.device, extrapolates=extrapolates)
     return held
 

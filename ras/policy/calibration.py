@@ -16,12 +16,17 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from .api import enabled, is_enabled, stats
-from .config import DEFAULT_SPEEDUP, RASConfig
-from .plan import DENSE, SKIP, Plan
-from .planner import TOLERANCE, ErrorModel, carried, plan_run, plan_speedup, position
-from .scheduler import StepWatch, noise_levels, of_steps, order_of
+from ..api import enabled, is_enabled, session_of
+from ..clock import Clock, carried, position
+from ..config import DEFAULT_SPEEDUP, RASConfig
+from ..layout import Layout
+from ..mount import StepWatch
+from ..plan import DENSE, SKIP, Plan
+from ..run import Run
+from .error_model import ErrorModel
+from .planner import TOLERANCE, plan_run, plan_speedup, plan_whole
 
 ROUNDS = 4  # of improving the plan by real runs
 TRIED = 12  # plans in a round, those of least modelled error
@@ -44,10 +49,10 @@ def calibrate(
     """Search the plan that comes nearest to the dense images of some prompts at a given cost.
 
     The prompts' dense runs give the covariance of the noise between steps, from which
-    `ras.planner` has the plan of least modelled error in an instant. Then plans near it are run:
-    those whose dense steps lie elsewhere, and those that trade a dense step for partial ones of
-    the same cost. The one whose final latents are nearest to the dense ones is kept, until no
-    neighbour is nearer.
+    `ras.policy` has the plan of least modelled error in an instant. Then plans near it are run:
+    those whose dense steps lie elsewhere, and, where the model can take partial steps, those that
+    trade a dense step for partial ones of the same cost. The one whose final latents are nearest to
+    the dense ones is kept, until no neighbour is nearer.
 
     Args:
         pipe: The pipeline; it must not be enabled, and is left as it was.
@@ -66,7 +71,8 @@ def calibrate(
         The plan, for `ras.enable(pipe, plan=…)`; `save` keeps it.
 
     Raises:
-        ValueError: No prompts, an enabled pipeline, or a checkpoint of another calibration.
+        ValueError: No prompts, an enabled pipeline, a pipeline that RAS does not support or that
+            returns no latents, or a checkpoint of another calibration.
     """
     prompts = list(prompts)
     if not prompts:
@@ -82,34 +88,37 @@ def calibrate(
     bar = diffusers_logging.tqdm(total=len(runs) * (4 + ROUNDS * TRIED), desc="calibrating")
 
     measured = log.kept("noise", lambda: runs.dense(bar.update))
-    sigmas, kernel = measured["sigmas"], np.array(measured["kernel"])
-    num_tokens, text_tokens = measured["tokens"]
+    stages, order, prediction = measured["clock"]
+    clock = Clock(tuple(stages), order, prediction)
+    layout = Layout(tuple(measured["grid"]), measured["text"])
     config = replace(config or RASConfig(), speedup=None, sample_ratio=None, plan=None)
-    hold = config.extrapolation == 0
-    model = ErrorModel(sigmas, kernel, hold=hold)
-    budget: dict[str, Any] = dict(
-        num_tokens=num_tokens, text_tokens=text_tokens, reuse_text=config.reuse_text
-    )
-    start = plan_speedup(model, speedup, **budget)
-    usual, _ = plan_run(replace(config, speedup=speedup), tuple(sigmas), num_tokens, text_tokens)
+    kernel = np.array(measured["kernel"])
+    model = ErrorModel(clock.weights, kernel, hold=config.extrapolation == 0)
+    usual = plan_run(replace(config, speedup=speedup), clock, layout).plan
+    if layout.grid:
+        start = plan_speedup(model, speedup, layout, reuse_text=config.reuse_text)
+    else:
+        start, shares = plan_whole(model, speedup), ()
 
     def tried(plan: Plan) -> tuple[float, Plan]:
         name = json.dumps([plan.shares, plan.extrapolation])
         return log.kept(name, lambda: runs.error(plan, config, bar.update)), plan
 
     def fitted(shares: tuple[float, ...]) -> Plan:
-        return Plan(shares, factors(model, sigmas, shares))
+        return Plan(shares, factors(model, clock.sigmas, shares))
+
+    def meets(plan: tuple[float, ...]) -> bool:
+        tokens, text = layout.tokens, layout.text
+        reached = Plan(plan).speedup(tokens, text, reuse_text=config.reuse_text)
+        return abs(reached / speedup - 1) <= TOLERANCE or not layout.grid
 
     best = min(
         (tried(plan) for plan in (usual, fitted(usual.shares), fitted(start.shares))), key=_error
     )
     for _ in range(ROUNDS):
-        near = [
-            fitted(plan)
-            for plan in neighbours(model, best[1].shares, shares, **budget)
-            if abs(Plan(plan).speedup(**budget) / speedup - 1) <= TOLERANCE
-        ]
-        nearest = min((tried(plan) for plan in near[:TRIED]), key=_error, default=best)
+        near = neighbours(model, best[1].shares, shares, layout, reuse_text=config.reuse_text)
+        plans = [fitted(plan) for plan in near if meets(plan)]
+        nearest = min((tried(plan) for plan in plans[:TRIED]), key=_error, default=best)
         if nearest[0] >= best[0]:
             break
         best = nearest
@@ -129,7 +138,7 @@ def _error(tried: tuple[float, Plan]) -> float:
 def factors(
     model: ErrorModel, sigmas: Sequence[float], shares: Sequence[float]
 ) -> tuple[float, ...]:
-    """The extrapolation of each step that amounts to the model's gain there (see `ras.reuse`)."""
+    """The extrapolation of each step that amounts to the model's gain there (see `ras.output`)."""
     found = [0.0] * len(shares)
     dense = [step for step, share in enumerate(shares) if share == DENSE]
     for before, last, end in zip(dense, dense[1:], [*dense[2:], len(shares)], strict=False):
@@ -158,8 +167,8 @@ def neighbours(
     model: ErrorModel,
     shares: tuple[float, ...],
     sizes: Sequence[float],
-    num_tokens: int,
-    text_tokens: int,
+    layout: Layout,
+    *,
     reuse_text: bool,
 ) -> list[tuple[float, ...]]:
     """Plans one move away at the same cost, those of least modelled error first.
@@ -181,8 +190,8 @@ def neighbours(
         if shares[step] < DENSE:
             continue
         for size in sizes:
-            text = 0 if reuse_text else text_tokens
-            count = round((num_tokens + text_tokens) / (size * num_tokens + text))
+            text = 0 if reuse_text else layout.text
+            count = round((layout.tokens + layout.text) / (size * layout.tokens + text))
             plan = list(shares)
             plan[step] = size
             free = sorted(
@@ -217,7 +226,8 @@ class _Runs:
         self._batch_size = batch_size
         self._call = {**call, "num_inference_steps": steps, "output_type": "latent"}
         self._final: list[Tensor] = []
-        self._noise: list[Tensor] = []
+        self._run: Run | None = None
+        self._noise: dict[int, Tensor] = {}  # by the stage after it, of that run
 
     def __len__(self) -> int:
         return math.ceil(len(self._prompts) / self._batch_size)
@@ -227,36 +237,48 @@ class _Runs:
             prompts = self._prompts[first : first + self._batch_size]
             seeds = range(self._seed + first, self._seed + first + len(prompts))
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            yield self._pipe(prompts, generator=generators, return_dict=False, **self._call)[0]
+            generator = generators if len(generators) > 1 else generators[0]
+            output = self._pipe(prompts, generator=generator, return_dict=False, **self._call)
+            found = [leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor)]
+            if not found:
+                raise ValueError(
+                    f"calibrate compares latents, and {type(self._pipe).__name__} returns none"
+                )
+            yield torch.cat([leaf.flatten().double() for leaf in found])
 
     def dense(self, tick: Callable[[], object]) -> dict[str, Any]:
         """The covariance of the guided noise between the steps of dense runs."""
-        scheduler, kernel = self._pipe.scheduler, np.zeros(())
+        kernel = np.zeros(())
         with enabled(self._pipe, speedup=1.0):  # counts the tokens, computes them all
-            watch = StepWatch(scheduler, self._see)
+            watch = StepWatch(self._pipe.scheduler, self._see)
             try:
                 self._final = []
                 for final in self._batches():
                     self._final.append(final)
-                    noise = torch.stack(self._noise[:: order_of(scheduler)])
-                    self._noise.clear()
-                    flat = noise.flatten(1).double()
+                    run = self._run
+                    assert run is not None
+                    stages = range(1, len(run.clock.stages), run.clock.order)
+                    flat = torch.stack([self._noise[at].flatten().double() for at in stages])
                     kernel = kernel + (flat @ flat.T / len(self._prompts)).cpu().numpy()
                     tick()
             finally:
                 watch.remove()
-            done = stats(self._pipe)
-            assert done.region_counts is not None
-        regions = math.prod(done.region_counts.shape[1:])
-        calls = done.tokens_total / regions
+                self._noise.clear()
+        assert run is not None
+        clock, layout = run.clock, run.planned.layout
         return {
-            "sigmas": of_steps(noise_levels(scheduler), order_of(scheduler)),
+            "clock": [clock.stages, clock.order, clock.prediction],
+            "grid": layout.grid,
+            "text": layout.text,
             "kernel": kernel.tolist(),
-            "tokens": [regions, round(done.text_tokens_total / calls)],
         }
 
     def _see(self, noise: Tensor) -> None:
-        self._noise.append(noise)
+        session = session_of(self._pipe)
+        assert session is not None and session.run is not None
+        if session.run is not self._run:  # some pipelines make several runs in a call
+            self._run, self._noise = session.run, {}
+        self._noise.setdefault(self._run.stage, noise)
 
     def error(self, plan: Plan, config: RASConfig, tick: Callable[[], object]) -> float:
         """The mean square error of the final latents, as a share of the dense ones'."""
@@ -265,8 +287,8 @@ class _Runs:
         wrong, size = 0.0, 0.0
         with enabled(self._pipe, replace(config, plan=plan)):
             for dense, final in zip(self._final, self._batches(), strict=True):
-                wrong += float((final - dense).double().square().sum())
-                size += float(dense.double().square().sum())
+                wrong += float((final - dense).square().sum())
+                size += float(dense.square().sum())
                 tick()
         return wrong / size
 

@@ -1,4 +1,4 @@
-"""Attention over cached keys and values: what the processors of all model families share."""
+"""One layer's site of attention: its keys and values, and what stands in for its processor."""
 
 from __future__ import annotations
 
@@ -11,51 +11,37 @@ from torch import Tensor
 
 import ras_kernels
 
+from .output import HeldTokens
 from .projections import KeyValue, Projection, Rows
-from .reuse import HeldNoise
 from .tokens import room
 
 
 @dataclass(frozen=True)
 class Walk:
-    """How the tokens of one call of the transformer go.
+    """How the tokens of one call of the transformer go, if some of them may stay behind.
 
     Of all that RAS is, a compiled transformer sees this and what it refers to: tensors, and
     settings that are the same in each dense step and in each partial step of a run.
 
     Attributes:
-        branch: The skipped layers of skip-layer guidance, or () for the main call.
         held: The noise of the branch.
         rows: `(B, k)` tokens whose noise is fresh in this step, or None for all.
         gain: `(B, N)` float32, how much of its last change is added to each image token that does
             not walk, 0 for those that do; or None for nothing.
-        caches: Whether keys and values are kept, as some step computes some of the tokens.
-        skip: Whether nobody walks, and all noise is that of before.
+        whole: Whether all tokens walk all the same, and keep no keys and values.
         reuse_text: Whether the text stays behind where image tokens do.
     """
 
-    branch: tuple[int, ...]
-    held: HeldNoise
+    held: HeldTokens
     rows: Tensor | None = None
     gain: Tensor | None = None
-    caches: bool = False
-    skip: bool = False
+    whole: bool = False
     reuse_text: bool = False
-
-    @property
-    def main(self) -> bool:
-        """Whether it is the branch whose K and V may be cached. Any other computes all tokens."""
-        return not self.branch
 
     @property
     def active(self) -> Tensor | None:
         """The rows that walk through the blocks, or None for all."""
-        return self.rows if self.main else None
-
-    @property
-    def text_stays(self) -> bool:
-        """Whether the text tokens do not walk."""
-        return self.skip or (self.reuse_text and self.active is not None)
+        return None if self.whole else self.rows
 
 
 class KVCache:
@@ -64,12 +50,7 @@ class KVCache:
     Beside what a token last had, how that changed may be kept, to carry it on like its noise.
     """
 
-    def __init__(self) -> None:
-        self._kept: KeyValue | None = None
-        self._changes: KeyValue | None = None  # (B, N, G, D), the image tokens' last changes
-        self._image_tokens = 0
-
-    def allocate(
+    def __init__(
         self,
         shape: tuple[int, int, int, int],
         text_tokens: int,
@@ -78,7 +59,7 @@ class KVCache:
         *,
         carries: bool,
     ) -> None:
-        """Make room, where it was if there is some; `update` with all tokens is what fills it.
+        """Make room; `update` with all tokens is what fills it.
 
         Args:
             shape: `(B, N, G, D)`, of the image tokens' keys.
@@ -88,12 +69,11 @@ class KVCache:
         """
         batch, self._image_tokens, *rest = shape
         rows = (batch, self._image_tokens + text_tokens, *rest)
-        key, value = self._kept or (None, None)
-        self._kept = room(key, rows, dtype, device), room(value, rows, dtype, device)
-        key, value = self._changes or (None, None)
-        self._changes = None
+        self._kept = room(None, rows, dtype, device), room(None, rows, dtype, device)
+        self._changes: KeyValue | None = None  # (B, N, G, D), the image tokens' last changes
         if carries:
-            self._changes = room(key, shape, dtype, device), room(value, shape, dtype, device)
+            changes = room(None, shape, dtype, device), room(None, shape, dtype, device)
+            self._changes = changes
 
     def update(
         self, image: Rows | Projection, text: Rows | Projection | None, walk: Walk
@@ -104,9 +84,8 @@ class KVCache:
             image: Of the image tokens that walk, `(B, k, G, D)`, or of all, `(B, N, G, D)`.
             text: Of the text tokens, `(B, T, G, D)`, if they are attended to with the image and
                 walk in this step.
-            walk: Of the main branch.
+            walk: How the tokens go.
         """
-        assert self._kept is not None, "allocated before the first step"
         key, value = self._kept
         tokens = self._image_tokens
         image.put((key[:, :tokens], value[:, :tokens]), self._changes, walk.active)
@@ -120,13 +99,15 @@ class KVCache:
         )
         return key, value
 
-    def clear(self) -> None:
-        self._kept = self._changes = None
+    def reset(self) -> None:
+        """Forget what was, where it is."""
+        for tensor in self.tensors:
+            tensor.zero_()
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        return [*(self._kept or ()), *(self._changes or ())]
+        return [*self._kept, *(self._changes or ())]
 
 
 class RASAttnProcessor:
@@ -138,4 +119,5 @@ class RASAttnProcessor:
     def __init__(self, original: Any, walk: Callable[[], Walk | None]) -> None:
         self.original = original
         self.walk = walk
-        self.cache = KVCache()
+        self.cache: KVCache | None = None
+        """That of the branch under way."""

@@ -1,24 +1,31 @@
-"""The noise that is reused: what a token last predicted, and how that was changing.
+"""What is reused of a transformer's output: what it last was, and how that was changing.
 
-With `v1` and `v0` a token's last two predictions, at positions `t1` and `t0`, step t reuses
-`v1 + g * (v1 - v0)`, where `g` is the share that `ras.planner.carried` gives for the distances
+With `v1` and `v0` the last two predictions, at positions `t1` and `t0`, step t reuses
+`v1 + g * (v1 - v0)`, where `g` is the share that `ras.clock.carried` gives for the distances
 `|t - t1|` and `|t1 - t0|`: 0 at first, `RASConfig.extrapolation` when the time since equals the
 time before, and slower than linear beyond, so that a long gap cannot run away.
+
+`HeldTokens` does so token by token, `HeldOutput` with outputs of any form as a whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import ras_kernels
 
-from .planner import carried, position
+from .clock import carried, position
 from .tokens import read, room, write
 
 
-class HeldNoise:
-    """One branch's noise, `(B, N, C)`, and how each token's was changing.
+class HeldTokens:
+    """The noise of tokens, `(B, N, C)`, and how each one's was changing.
 
     A step that predicts noise calls `expect` before, and `merge` with what came of it; all that
     `merge` does is on tensors, so that it may be part of a compiled transformer.
@@ -100,7 +107,8 @@ class HeldNoise:
         if rows is None:
             self.noise.copy_(fresh)
             return fresh
-        return ras_kernels.merge_noise_(self.noise, rows, fresh)
+        ras_kernels.scatter_tokens_(self.noise, rows, fresh)
+        return self.noise.clone()
 
     def predict(self, gain: Tensor | None) -> Tensor:
         """The noise of all tokens, `(B, N, C)`, carried on by `gain`, or as it is (None)."""
@@ -124,3 +132,81 @@ class HeldNoise:
         """All that is kept."""
         kept = (self._noise, self._change, self._since, self._gap)
         return [tensor for tensor in kept if tensor is not None]
+
+
+class HeldOutput:
+    """An output of any form: a tensor, a tuple, a dataclass, lists of tensors.
+
+    Floating-point tensors are carried on; all else is as it last was.
+    """
+
+    def __init__(self) -> None:
+        self._leaves: list[Any] = []  # for each tensor a HeldTokens of its last dimension's rows
+        self._form: Any = None  # of the output, and the shape of each leaf
+        self.begun = False
+        """Whether there is anything to reuse."""
+
+    def take(self, output: Any, sigma: float, *, extrapolates: bool) -> None:
+        """Note the output of a call at noise level `sigma`, in memory of its own.
+
+        Args:
+            output: See above.
+            sigma: See above.
+            extrapolates: Whether to keep how it changes.
+        """
+        leaves, spec = pytree.tree_flatten(output)
+        form = spec, [_kind(leaf) for leaf in leaves]
+        if form != self._form:
+            self._leaves, self._form, self.begun = [HeldTokens() for _ in leaves], form, False
+        for index, leaf in enumerate(leaves):
+            if not _is_float(leaf):
+                self._leaves[index] = leaf.clone() if isinstance(leaf, Tensor) else leaf
+                continue
+            held, rows = (
+                self._leaves[index],
+                leaf.reshape(1, -1, leaf.shape[-1] if leaf.ndim else 1),
+            )
+            if not self.begun:
+                held.allocate(rows.shape, leaf.dtype, leaf.device, extrapolates=extrapolates)
+            held.expect(None, sigma, 0.0)
+            held.merge(rows, None, None)
+        self.begun = True
+
+    def predictor(self, sigma: float, extrapolation: float) -> Callable[[], list[Tensor]]:
+        """What makes the tensors at noise level `sigma`, of which `finish` makes the output.
+
+        All decisions are made before: what is returned may be compiled.
+        """
+        held = [leaf for leaf in self._leaves if isinstance(leaf, HeldTokens)]
+        gains = [leaf.gain(sigma, extrapolation) for leaf in held]
+        return partial(_predicted, held, gains)
+
+    def finish(self, tensors: list[Tensor]) -> Any:
+        """The output, of the form that it had, that these tensors are part of."""
+        spec, kinds = self._form
+        made = iter(tensors)
+        leaves: list[Any] = []
+        for leaf, kind in zip(self._leaves, kinds):
+            if isinstance(leaf, HeldTokens):
+                leaves.append(next(made).view(kind[0]))
+            else:
+                leaves.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
+        return pytree.tree_unflatten(leaves, spec)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        held = [leaf for leaf in self._leaves if isinstance(leaf, HeldTokens)]
+        return [tensor for leaf in held for tensor in leaf.tensors]
+
+
+def _predicted(held: list[HeldTokens], gains: list[Tensor | None]) -> list[Tensor]:
+    return [tokens.predict(gain) for tokens, gain in zip(held, gains)]
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf)

@@ -1,26 +1,28 @@
-"""Stable Diffusion 3 and 3.5: joint attention of image and text tokens."""
+"""Attention processors that project straight into the caches, by fused kernels where they may.
+
+Joint attention of image and text tokens (Stable Diffusion 3 and 3.5), and rotary self-attention
+with grouped queries (Lumina-Next-T2I).
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+import math
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import (
     Attention,
     FusedJointAttnProcessor2_0,
     JointAttnProcessor2_0,
+    LuminaAttnProcessor2_0,
 )
 from einops import rearrange
 from torch import Tensor
 
 import ras_kernels
 
-from ..attention import RASAttnProcessor
-from ..projections import Projection, Rows, finished, keys_and_values
-from .base import Adapter
+from .projections import Projection, Rows, finished, keys_and_values
+from .site import RASAttnProcessor
 
 
 class SD3AttnProcessor(RASAttnProcessor):
@@ -45,7 +47,7 @@ class SD3AttnProcessor(RASAttnProcessor):
             encoder_hidden_states: `(B, T, C)`, the text tokens; T is 0 where they stay behind.
         """
         walk = self.walk()
-        if walk is None or not walk.main or not walk.caches:
+        if walk is None or self.cache is None:
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )
@@ -100,43 +102,67 @@ def _out(attn: Attention, output: Tensor) -> Tensor:
     return dropout(projection(output.flatten(2)))
 
 
-class SD3(Adapter):
-    """`SD3Transformer2DModel` with all that its pipelines and ControlNet hand it."""
+class LuminaAttnProcessor(RASAttnProcessor):
+    """Self-attention. Cross-attention needs none: its keys come from the text alone."""
 
-    model = SD3Transformer2DModel
-    blocks = "transformer_blocks"
-    enter = "pos_embed"
-    leave = "proj_out"
-    processor = SD3AttnProcessor
+    replaces = (LuminaAttnProcessor2_0,)
 
-    def attention_layers(self, transformer: Any) -> Iterator[Any]:
-        for block in transformer.transformer_blocks:
-            yield block.attn
-            if block.attn2 is not None:
-                yield block.attn2
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: Any = None,
+        key_rotary_emb: Any = None,
+        base_sequence_length: int | None = None,
+    ) -> Tensor:
+        """Attend as the original processor does, over the cached keys and values.
 
-    def gather_entered(self, output: Tensor, rows: Tensor) -> Tensor:
-        return ras_kernels.gather_tokens(output, rows)
+        Args:
+            attn: The layer.
+            hidden_states, encoder_hidden_states: `(B, k, C)`, the image tokens that walk.
+            attention_mask: `(B, N)`, not 0 for the tokens to attend to.
+            query_rotary_emb, key_rotary_emb: `(B or 1, k, D / 2)`, complex.
+            base_sequence_length: Tokens that the model was trained with; the scores are scaled
+                by `sqrt(log(N, base_sequence_length))` (proportional attention,
+                arXiv 2406.18583). N is the full length, however few the queries.
 
-    def gather_inputs(
-        self, inputs: Mapping[str, Any], rows: Tensor, *, reuse_text: bool
-    ) -> dict[str, Any]:
-        gathered: dict[str, Any] = {}
-        residuals = inputs.get("block_controlnet_hidden_states")
-        if residuals is not None:
-            gathered["block_controlnet_hidden_states"] = [
-                ras_kernels.gather_tokens(residual, rows) for residual in residuals
-            ]
-        if reuse_text:
-            gathered["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :0]
-        return gathered
-
-    def branch(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
-        return tuple(inputs.get("skip_layers") or ())
-
-    def text_tokens(self, inputs: Mapping[str, Any]) -> int:
-        return inputs["encoder_hidden_states"].shape[1]
-
-    def usual_text_tokens(self, pipe: Any) -> int:
-        t5_tokens = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
-        return pipe.tokenizer_max_length + t5_tokens
+        Returns:
+            `(B, k, H, D)`, which the block projects.
+        """
+        walk = self.walk()
+        if walk is None or self.cache is None:
+            return self.original(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                query_rotary_emb,
+                key_rotary_emb,
+                base_sequence_length,
+            )
+        query = finished(
+            attn.to_q(hidden_states),
+            attn.heads,
+            attn.norm_q,
+            across_heads=True,
+            rotary=query_rotary_emb,
+        )
+        rows = keys_and_values(
+            encoder_hidden_states,
+            attn.to_k,
+            attn.to_v,
+            attn.inner_kv_dim // query.shape[3],
+            attn.norm_k,
+            across_heads=True,
+            rotary=key_rotary_emb,
+        )
+        key, value = self.cache.update(rows, None, walk)
+        scale = attn.scale
+        if base_sequence_length is not None:
+            scale *= math.sqrt(math.log(key.shape[1], base_sequence_length))
+        mask = None if attention_mask is None else attention_mask.bool()
+        return ras_kernels.sparse_attention(
+            query.to(key.dtype), key, value, key_mask=mask, scale=scale
+        )

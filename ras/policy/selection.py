@@ -1,7 +1,7 @@
 """Which regions a partial step computes, chosen on the guided noise of the steps before.
 
 *Drift* is the predicted error of reuse. With `v1` and `v0` a region's last two guided noises, at
-positions `t1` and `t0` (see `ras.planner`), its score at step t is
+positions `t1` and `t0` (see `ras.clock`), its score at step t is
 
     rms(v1 - v0) * |t - t1| / |t1 - t0|
 
@@ -19,18 +19,18 @@ from torch import Tensor
 
 import ras_kernels
 
-from .config import RASConfig
-from .planner import position
-from .tokens import normal_empty
+from ..clock import position
+from ..config import RASConfig
+from ..tokens import normal_empty
 
 
 class Selection:
     """The state of choosing, for S samples of N regions."""
 
-    def __init__(self, config: RASConfig, patch_size: int) -> None:
-        self._config, self._patch = config, patch_size
+    def __init__(self, config: RASConfig, pixels: int) -> None:
+        self._config, self._pixels = config, pixels
         self._ages: Tensor | None = None  # (S, N) steps that each region has waited
-        # Drift: the guided noise of each region when it was last computed, `(S, C, height, width)`,
+        # Drift: the guided noise of each region when it was last computed, `(S, N, C)`,
         # its rms change per unit of position, and that position, both (S, N) float32.
         self._noise: Tensor | None = None
         self._pace: Tensor | None = None
@@ -40,7 +40,7 @@ class Selection:
         """See the guided noise of a step that computed `rows`, `(S, k)`, or all tokens (None).
 
         Args:
-            noise: `(S, C, height, width)`.
+            noise: `(S, N, C)`, a row for each region, channels within pixels.
             rows: See above.
             sigma: The step's noise level.
         """
@@ -52,7 +52,7 @@ class Selection:
         if self._noise is None or self._noise.shape != noise.shape:
             if rows is not None:
                 return
-            regions = len(noise), noise[0, 0].numel() // self._patch**2
+            regions = noise.shape[:2]
             self._noise = normal_empty(noise.shape, noise.dtype, noise.device).copy_(noise)
             self._pace = normal_empty(regions, torch.float32, noise.device).fill_(0)
             self._since = normal_empty(regions, torch.float32, noise.device).fill_(place)
@@ -66,7 +66,7 @@ class Selection:
             rows,
             noise,
             position=place,
-            patch_size=self._patch,
+            patch_size=1,
         )
 
     def choose(
@@ -75,7 +75,7 @@ class Selection:
         """The `count` regions per sample to compute at noise level `sigma`, `(S, count)` ascending.
 
         Args:
-            noise: `(S, C, height, width)`, the guided noise of the step before.
+            noise: `(S, N, C)`, the guided noise of the step before.
             count: From 1 to N.
             sigma: The noise level of the step to come.
             masked: `(S, k)` regions to compute in any case, or of fewer samples, that repeat; k
@@ -97,7 +97,7 @@ class Selection:
             return ras_kernels.select_regions(
                 scores, ages, count, high_ratio=0, starvation_scale=0
             )[0]
-        scores = ras_kernels.region_scores(noise, self._patch, self._config.metric)
+        scores = ras_kernels.region_scores(noise, math.isqrt(self._pixels), self._config.metric)
         if self._ages is None or self._ages.shape != scores.shape:
             self._ages = torch.zeros_like(scores, dtype=torch.int32)
         active, self._ages = ras_kernels.select_regions(

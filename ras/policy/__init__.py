@@ -1,0 +1,1 @@
+"""Where a run's evaluations should fall, and on which tokens."""

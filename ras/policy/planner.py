@@ -1,0 +1,226 @@
+"""What each step of a run computes: the one place where plans are made."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from ..clock import Clock
+from ..config import DEFAULT_SPEEDUP, EXTRAPOLATION, RASConfig
+from ..layout import Layout
+from ..plan import DENSE, SKIP, Plan, RunPlan
+from .error_model import ErrorModel, covariance
+from .paper import paper_plan, resets
+
+TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
+MASK_PAYS = 0.35  # cost of a partial step, in dense ones, above which a mask is no use to a plan
+PARTIALS = 2  # for each dense step, under a mask
+
+
+@functools.lru_cache(maxsize=64)  # a plan takes longer than it should before each of many runs
+def plan_run(
+    config: RASConfig, clock: Clock, layout: Layout, masked_tokens: int | None = None
+) -> RunPlan:
+    """Plan a run by the settings.
+
+    Args:
+        config: The settings.
+        clock: The noise level of each step.
+        layout: The tokens of one sample. Where their grid is not known, steps are whole.
+        masked_tokens: How many tokens a partial step computes where a mask says which.
+    """
+    steps, given = clock.steps, config.plan
+    if not layout.grid:
+        masked_tokens = None
+    complaints = []
+    if given is not None and len(given.shares) == steps:
+        plan = _with_mask(given, config, masked_tokens, layout)
+    elif given is None and config.speedup is None and config.sample_ratio is not None:
+        plan, complaint = paper_plan(config, steps, layout.tokens)
+        plan = _with_mask(plan, config, masked_tokens, layout)
+        complaints += [] if complaint is None else [complaint]
+    else:
+        speedup = DEFAULT_SPEEDUP if config.speedup is None else config.speedup
+        if given is not None:
+            speedup = given.speedup(layout.tokens, layout.text, reuse_text=config.reuse_text)
+            complaints.append(
+                f"the plan is one of {len(given.shares)} steps and the run has {steps}, so that "
+                f"another is made for its speed-up of {speedup:.2f}"
+            )
+        plan = _of_least_error(config, speedup, clock, layout, masked_tokens)
+        reached = plan.speedup(layout.tokens, layout.text, reuse_text=config.reuse_text)
+        if abs(reached / speedup - 1) > TOLERANCE:
+            complaints.append(
+                f"a speed-up of {speedup:g} cannot be met in {steps} steps with these settings; "
+                f"it is {reached:.2f}"
+            )
+    return RunPlan(plan, layout, config, "; ".join(complaints) or None)
+
+
+def _of_least_error(
+    config: RASConfig, speedup: float, clock: Clock, layout: Layout, masked_tokens: int | None
+) -> Plan:
+    """The plan of least modelled error, with the steps dense that the settings want so."""
+    steps = clock.steps
+    start, end = config.scheduler_start_step, config.scheduler_end_step
+    pinned = set(range(start or 0)) | (set() if end is None else set(range(end + 1, steps)))
+    pinned |= resets(config.error_reset_steps or (), steps)
+    pinned = {step for step in pinned if step < steps}
+    hold = config.extrapolation == 0
+    kernel = covariance(clock.sigmas[:-1], EXTRAPOLATION if hold else config.extrapolation)
+    model = ErrorModel(clock.weights, kernel, hold=hold)
+    if not layout.grid:
+        return plan_whole(model, speedup, pinned)
+    text = 0 if config.reuse_text else layout.text
+    if masked_tokens and (masked_tokens + text) / (layout.tokens + layout.text) < MASK_PAYS:
+        return plan_masked(
+            model,
+            speedup,
+            layout,
+            reuse_text=config.reuse_text,
+            pinned=pinned,
+            masked_tokens=masked_tokens,
+        )
+    plan = plan_speedup(
+        model,
+        speedup,
+        layout,
+        reuse_text=config.reuse_text,
+        pinned=pinned,
+        share=config.sample_ratio,
+    )
+    return _with_mask(plan, config, masked_tokens, layout)
+
+
+def plan_whole(model: ErrorModel, speedup: float, pinned: Collection[int] = ()) -> Plan:
+    """Plan dense and skipped steps alone, as many dense ones as come nearest to the speed-up."""
+    wanted = model.steps / speedup
+    count = min((int(wanted) or 1, int(wanted) + 1), key=lambda n: max(n / wanted, wanted / n))
+    dense = model.best(count, pinned)
+    return Plan(tuple(DENSE if step in dense else SKIP for step in range(model.steps)))
+
+
+def plan_speedup(
+    model: ErrorModel,
+    speedup: float,
+    layout: Layout,
+    *,
+    reuse_text: bool,
+    pinned: Collection[int] = (),
+    share: float | None = None,
+) -> Plan:
+    """The plan of least modelled error at `1 / speedup` of a dense run's tokens, text included.
+
+    Dense steps alone where some number of them comes within `TOLERANCE`: what a partial step adds
+    is less than what keeping K and V for it costs. Else as many as the tokens allow, and partial
+    ones for what is left.
+
+    Args:
+        model: The run's error model.
+        speedup: At least 1; the plan comes as near as it can.
+        layout: The tokens of one sample.
+        reuse_text: Whether partial steps leave the text tokens out.
+        pinned: Steps that must be dense.
+        share: Of the image tokens in every partial step; None fits a step to what is left.
+    """
+    num_tokens, full = layout.tokens, layout.tokens + layout.text
+    text = 0 if reuse_text else layout.text
+    budget = model.steps * full / speedup
+    least = len({0, *pinned})
+    nearest = round(model.steps / speedup)
+    if share is None and nearest >= least and abs(budget / (nearest * full) - 1) <= TOLERANCE:
+        budget = nearest * full
+    count = max(min(int(budget / full + 1e-9), model.steps), least)
+    rest = budget - count * full
+    partial: list[float] = []
+    if share is not None:
+        partial = [share] * max(0, round(rest / (share * num_tokens + text)))
+    elif rest >= 1:
+        # Where it is too little for a partial step, it makes some with a few of the dense ones.
+        for fewer in range(count - least + 1 if rest > 0.01 * budget else 1):
+            tokens = fewer * full + rest
+            pieces = int(tokens / (num_tokens + text)) + 1
+            size = tokens / pieces - text
+            if size >= 1 and pieces <= model.steps - count + fewer:
+                each = round(size / num_tokens, 4)
+                count, partial = count - fewer, [each] * pieces
+                break
+    dense = model.best(count, pinned)
+    shares = [DENSE if step in dense else SKIP for step in range(model.steps)]
+    for size in partial[: model.steps - len(dense)]:
+        place(model, shares, size, pinned)
+    return Plan(tuple(shares))
+
+
+def plan_masked(
+    model: ErrorModel,
+    speedup: float,
+    layout: Layout,
+    *,
+    reuse_text: bool,
+    pinned: Collection[int],
+    masked_tokens: int,
+) -> Plan:
+    """The plan for a mask: up to two partial steps, of the masked tokens, for a dense one.
+
+    Dense steps keep the context fresh, which alone matters beside the mask; both kinds of step
+    fall where as many dense ones would.
+    """
+    num_tokens, full = layout.tokens, layout.tokens + layout.text
+    partial = (masked_tokens + (0 if reuse_text else layout.text)) / full
+    must = {0, *pinned}
+    budget = max(model.steps / speedup, 1)
+    count = max(int(budget / (1 + PARTIALS * partial)), len(must))
+    while count + round((budget - count) / partial) > model.steps:
+        count += 1  # there are not steps enough for as many partial ones
+    dense = model.best(count, must)
+    rest = max(round((budget - count) / partial), 0)
+    both = model.best(count + rest, dense)
+    shares = [0.0] * model.steps
+    for step in both:
+        shares[step] = DENSE if step in dense else masked_tokens / num_tokens
+    return Plan(tuple(shares))
+
+
+def place(model: ErrorModel, shares: list[float], share: float, pinned: Collection[int]) -> None:
+    """Put a partial step where it serves best: into a skipped step, or trading with a dense one.
+
+    Of the error that a dense step would take away, a partial one is taken to leave
+    `(1 - share)^2`: the tokens that it leaves out are those that change least.
+    """
+    left = (1 - share) ** 2
+
+    def error(dense: Sequence[int], step: int) -> float:
+        with_step = model.error(sorted([*dense, step]))
+        return (1 - left) * with_step + left * model.error(dense)
+
+    dense = [step for step, value in enumerate(shares) if value == DENSE]
+    free = [step for step, value in enumerate(shares) if value == SKIP]
+    plans = [(error(dense, step), dense, step) for step in free]
+    taken = {step for step, value in enumerate(shares) if SKIP < value < DENSE}
+    more = model.best(len(dense) + 1, {*pinned, *(d for d in dense if taken)})
+    for step in more:
+        if step and step not in pinned and not taken & set(more):
+            rest = [other for other in more if other != step]
+            plans.append((error(rest, step), rest, step))
+    _, dense, step = min(plans, key=lambda plan: plan[0])
+    for other in range(len(shares)):
+        if other not in taken:
+            shares[other] = DENSE if other in dense else SKIP
+    shares[step] = share
+
+
+def _with_mask(plan: Plan, config: RASConfig, masked_tokens: int | None, layout: Layout) -> Plan:
+    """The plan with room for the masked tokens in its partial steps; by drift, for others too."""
+    if masked_tokens is None:
+        return plan
+    share = masked_tokens / layout.tokens
+    room = config.metric == "drift"
+    return replace(
+        plan,
+        shares=tuple(
+            value if value in (SKIP, DENSE) else max(value, share) if room else share
+            for value in plan.shares
+        ),
+    )

@@ -1,0 +1,185 @@
+"""What a run did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import RASConfig
+from .layout import Layout
+from .plan import Plan
+from .tokens import room
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The last run of an enabled model, or the one under way. `print` shows it as a table.
+
+    Attributes:
+        config: The settings.
+        runs: Runs begun since `enable`.
+        plan: What each of its steps computes; None before the first run.
+        steps_dense, steps_sparse, steps_skipped: Solver steps that computed all image tokens,
+            some, or nothing.
+        calls_computed, calls_total: Calls of the transformers that computed anything, of all.
+        tokens_computed, tokens_total: Image tokens that walked through the transformer, of those
+            that would have without RAS; all samples, guidance copies and calls. 0 where the tokens
+            of the model are not known.
+        text_tokens, text_tokens_total: The same of the text tokens that walk with the image.
+        cache_bytes: Bytes that the run's caches held at their largest: keys, values, noise and
+            what regions are chosen by. They are freed when a run ends, unless `keep_caches`.
+        region_counts: `(samples, H / p, W / p)`, int64: how often each region was computed; None
+            before the first run, and where
+            they are not known.
+        warnings: What was warned of since `enable`.
+    """
+
+    config: RASConfig
+    runs: int = 0
+    plan: Plan | None = None
+    steps_dense: int = 0
+    steps_sparse: int = 0
+    steps_skipped: int = 0
+    calls_computed: int = 0
+    calls_total: int = 0
+    tokens_computed: int = 0
+    tokens_total: int = 0
+    text_tokens: int = 0
+    text_tokens_total: int = 0
+    cache_bytes: int = 0
+    region_counts: Tensor | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def steps_planned(self) -> int:
+        """Solver steps of the run in all, those to come included."""
+        return 0 if self.plan is None else len(self.plan.shares)
+
+    @property
+    def speedup_ceiling(self) -> float:
+        """The speed-up if time went with the tokens computed, text included, or else the calls."""
+        computed = self.tokens_computed + self.text_tokens or self.calls_computed
+        total = self.tokens_total + self.text_tokens_total or self.calls_total
+        return total / computed if computed else 1.0
+
+    def __str__(self) -> str:
+        rows = {
+            "runs": f"{self.runs}",
+            "steps": f"{self.steps_dense} dense, {self.steps_sparse} sparse, "
+            f"{self.steps_skipped} skipped, of {self.steps_planned}",
+            "calls computed": f"{self.calls_computed:,} of {self.calls_total:,}",
+        }
+        if self.tokens_total:
+            share = self.tokens_computed / self.tokens_total
+            tokens = f"{self.tokens_computed:,} of {self.tokens_total:,} ({share:.1%})"
+            rows["image tokens computed"] = tokens
+            text = f"{self.text_tokens:,} of {self.text_tokens_total:,}"
+            rows["text tokens computed"] = text
+        rows |= {
+            "speed-up ceiling": f"{self.speedup_ceiling:.3f}x",
+            "caches": f"{self.cache_bytes:,} bytes",
+            "warnings": "; ".join(self.warnings) or "none",
+        }
+        width = max(map(len, rows)) + 2
+        return "\n".join(f"{name:{width}}{value}" for name, value in rows.items())
+
+
+@dataclass
+class Tally:
+    """What a run has done so far, call by call.
+
+    Attributes:
+        layout: The tokens of a sample.
+        samples: S as far as it is known; the batch before the first step.
+        steps: Solver steps by kind.
+        calls, tokens, text: Those computed, and all of them.
+        step: The last solver step in which the transformer was called.
+        dense_calls: Calls, the first of their stage, that computed all tokens.
+        active_counts: `(S, N)`, in how many others of these a region was active.
+        cache_bytes: At their most.
+    """
+
+    layout: Layout
+    samples: int
+    steps: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    text: Counter[str] = field(default_factory=Counter)
+    step: int = -1
+    dense_calls: int = 0
+    active_counts: Tensor | None = None
+    cache_bytes: int = 0
+
+    def count(self, batch: int, *, skip: bool, rows: Tensor | None, text_stays: bool) -> None:
+        """Note a call of the transformer.
+
+        Args:
+            batch: B.
+            skip: Whether it computes nothing.
+            rows: `(B, k)` tokens that walk, or None for all.
+            text_stays: Whether the text tokens do not.
+        """
+        tokens = self.layout.tokens
+        self.calls["all"] += 1
+        self.calls["computed"] += not skip
+        if not self.layout.grid:
+            return
+        walking = 0 if skip else tokens if rows is None else rows.shape[1]
+        self.tokens["all"] += batch * tokens
+        self.tokens["computed"] += batch * walking
+        self.text["all"] += batch * self.layout.text
+        self.text["computed"] += 0 if text_stays else batch * self.layout.text
+
+    def lead(self, step: int | None, *, skip: bool, active: Tensor | None) -> None:
+        """Note the first call of a stage.
+
+        Args:
+            step: The solver step; None where steps are not seen.
+            skip: Whether it computes nothing.
+            active: `(S, k)` regions that it computes, or None for all.
+        """
+        if step is None or step != self.step:
+            self.step = self.step if step is None else step
+            self.steps["skipped" if skip else "dense" if active is None else "sparse"] += 1
+        if skip:
+            return
+        if active is None:
+            self.dense_calls += 1
+            return
+        if self.active_counts is None or len(self.active_counts) != len(active):
+            shape = len(active), self.layout.tokens
+            self.active_counts = room(None, shape, active.dtype, active.device)
+        self.active_counts.scatter_add_(1, active.long(), torch.ones_like(active))
+
+    @property
+    def region_counts(self) -> Tensor | None:
+        """How often each region was computed, `(S, *grid)`; None where there is no grid."""
+        if not self.layout.grid:
+            return None
+        counts = self.active_counts
+        if counts is None:
+            counts = torch.zeros(self.samples, self.layout.tokens, dtype=torch.int64)
+        return (counts + self.dense_calls).unflatten(1, self.layout.grid)
+
+    def stats(self, config: RASConfig, runs: int, plan: Plan, warnings: tuple[str, ...]) -> Stats:
+        """What to tell of it."""
+        return Stats(
+            config=config,
+            runs=runs,
+            plan=plan,
+            steps_dense=self.steps["dense"],
+            steps_sparse=self.steps["sparse"],
+            steps_skipped=self.steps["skipped"],
+            calls_computed=self.calls["computed"],
+            calls_total=self.calls["all"],
+            tokens_computed=self.tokens["computed"],
+            tokens_total=self.tokens["all"],
+            text_tokens=self.text["computed"],
+            text_tokens_total=self.text["all"],
+            cache_bytes=self.cache_bytes,
+            region_counts=self.region_counts,
+            warnings=warnings,
+        )
