@@ -197,9 +197,9 @@ def lumina():
     return calling(pipe, **tested.lumina_inputs(pipe), guidance_scale=3.0)
 
 
-def sd3(scheduler=None):
+def sd3(scheduler=None, **inputs):
     pipe = tested.sd3(scheduler=scheduler)
-    return calling(pipe, **tested.sd3_inputs(pipe), guidance_scale=3.0)
+    return calling(pipe, **tested.sd3_inputs(pipe), guidance_scale=3.0, **inputs)
 
 
 def hunyuan_dit(prediction="v_prediction"):
@@ -392,6 +392,11 @@ IMAGES = {
         lambda: sd3(diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
         total=lambda n: 2 * n - 1,
         steps=lambda n: 2 * n - 1,
+    ),
+    "sd3-skipping-layers": Entry(
+        partial(sd3, skip_guidance_layers=[1], skip_layer_guidance_stop=0.5),
+        total=lambda n: n + (n - 1) // 2,
+        note="a second call in the steps after the first, up to the middle",
     ),
     "hunyuan-dit": Entry(hunyuan_dit),
     "hunyuan-dit-epsilon": Entry(partial(hunyuan_dit, "epsilon")),

@@ -3,9 +3,10 @@
 from functools import partial
 from unittest import mock
 
+import diffusers
 import torch
 
-from support.pipelines import autoencoder, normal
+from support.pipelines import autoencoder, normal, quiet
 from support.zoo.parts import (
     BLOCKS,
     CHANNELS,
@@ -50,6 +51,18 @@ def flux(name="FluxPipeline", negative=False, channels=16, vae=None, **inputs):
         )
     pipe = pipeline(name, transformer=transformer, vae=vae)
     return calling(pipe, **{**prompt, **square(), **inputs})
+
+
+def flux_modular():
+    """The same from blocks, of which those that encode and decode are left out."""
+    blocks = diffusers.FluxAutoBlocks()
+    for name in ("text_encoder", "vae_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    pipe = quiet(blocks.init_pipeline())
+    whole, _ = flux()
+    pipe.update_components(transformer=whole.transformer, scheduler=whole.scheduler)
+    prompt = dict(prompt_embeds=text(), pooled_prompt_embeds=normal(1, 32, seed=3))
+    return calling(pipe, lambda latents: latents, **prompt, **square(), output="latents")
 
 
 def flux_with_vae(name, **inputs):
@@ -241,6 +254,7 @@ UNCONDITIONAL = "unconditional_transformer"
 PACKED = {
     "flux": Entry(flux),
     "flux-true-cfg": Entry(partial(flux, negative=True), calls=2),
+    "flux-modular": Entry(flux_modular),
     "flux-kontext": Entry(kontext),
     "flux-fill": Entry(flux_fill),
     "flux-control": Entry(flux_control),

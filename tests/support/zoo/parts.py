@@ -82,7 +82,7 @@ def flow(name):
 
 def ddim():
     """Return a scheduler of noise that does not clip, as latents of random weights grow."""
-    return diffusers.DDIMScheduler(clip_sample=False)
+    return diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
 
 
 def text(length=8, seed=1, shape=(), width=WIDTH):
