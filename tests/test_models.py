@@ -21,6 +21,7 @@ from support.runs import (
     check_run,
     fresh,
     loop,
+    patches,
     rows_of,
     run,
     steps_of,
@@ -176,13 +177,6 @@ def check_inactive_rows(record, rows):
         copies = len(same) // len(active)
         inactive.scatter_(1, active.repeat(copies, 1).long(), False)
         assert torch.equal(same, inactive), f"step {step}"
-
-
-def patches(noise, p=2):
-    """(batch, tokens, numbers of a patch)."""
-    batch, channels, height, width = noise.shape
-    noise = noise.reshape(batch, channels, height // p, p, width // p, p)
-    return noise.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // p**2, -1)
 
 
 # --- guidance -------------------------------------------------------------------------------------

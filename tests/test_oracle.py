@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from support import pipelines
 from support.oracle import NOBODY, Oracle, position, relative_error
 from support.pipelines import Recorder, normal
-from support.runs import errors, rows_of, run
+from support.runs import errors, patches, rows_of, run
 
 import ras
 
@@ -71,19 +71,11 @@ def oracle_of(family, **settings):
     return plain, lambda rows, sigma, seed: oracle(rows, sigma, **family(seed)[1])
 
 
-def tokens_of(noise, patch=2):
-    """(batch, tokens, numbers)."""
-    if noise.ndim == 3:
-        return noise
-    batch, channels, height, width = noise.shape
-    image = noise.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return image.permute(0, 2, 4, 3, 5, 1).reshape(batch, height * width // patch**2, -1)
-
-
-def split(noise, rows=SOME):
-    """The tokens of the rows, and those of all others."""
-    active = torch.zeros(2, TOKENS, dtype=torch.bool).scatter_(1, rows, True)
-    return tokens_of(noise)[active], tokens_of(noise)[~active]
+def split(noise):
+    """The tokens of SOME rows, and all others."""
+    active = torch.zeros(2, TOKENS, dtype=torch.bool).scatter_(1, SOME, True)
+    tokens = noise if noise.ndim == 3 else patches(noise)
+    return tokens[active], tokens[~active]
 
 
 # --- what it says is so ---------------------------------------------------------------------------
@@ -176,13 +168,6 @@ class OneLayer(Forgetful):
     layer = 2
 
 
-class Late(Oracle):
-    """It carries nothing on that was computed in the first two steps."""
-
-    def note(self, branch, now, active):
-        return torch.zeros_like(super().note(branch, now, active))
-
-
 def next_row(rows):
     """One sample's first row is the one after, or the one before if that is active."""
     rows = rows.clone()
@@ -200,7 +185,7 @@ WRONG = {  # the rows, the recorded calls, and the oracle
     ),
     "keys and values forgotten": dict(oracle=Forgetful),
     "those of one layer forgotten": dict(oracle=OneLayer),
-    "nothing carried on": dict(oracle=Late),
+    "nothing carried on": dict(settings=dict(extrapolation=0.0)),
     "another extrapolation": dict(settings=dict(extrapolation=0.4)),
     "keys and values held": dict(settings=dict(kv_correction=False)),
     "text that walks": dict(settings=dict(reuse_text=False)),
@@ -221,4 +206,4 @@ def test_what_is_wrong_is_found(monkeypatch, what):
     monkeypatch.setattr("support.runs.Oracle", wrong.get("oracle", Oracle))
     settings = {**SETTINGS, **wrong.get("settings", {})}
     found = list(errors(record, pipe.transformer, {**rows, 3: NOBODY}, **settings))
-    assert max(found) > 1e-3 if wrong else max(found) < 1e-5
+    assert any(e > 1e-3 for e in found) if wrong else all(e < 1e-5 for e in found), found
