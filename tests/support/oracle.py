@@ -23,7 +23,7 @@ def position(sigma):
 
 def gain(ahead, behind, extrapolation):
     """g of README.md, "The policy", or 0 where there is nothing to go by."""
-    a, b = torch.as_tensor(ahead).double(), torch.as_tensor(behind).double()
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (ahead, behind))
     h = 1 + math.log2(1 + extrapolation)
     g = ((a + b) ** h - a**h - b**h) / (2 * b**h)
     return torch.where((a > 0) & (b > 0), g, 0.0)
