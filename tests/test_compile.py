@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from support import pipelines
-from support.naive import relative_error
+from support.oracle import relative_error
 from support.runs import SHARES, load_lora, loop, lora, run
 from torch import nn
 

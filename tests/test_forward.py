@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import pipelines
-from support.naive import relative_error
+from support.oracle import relative_error
 from support.pipelines import sd3_inputs
 from support.runs import DENSE_STEPS, SHARES, run
 

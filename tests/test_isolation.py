@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from support import pipelines
-from support.naive import relative_error
+from support.oracle import relative_error
 from support.pipelines import Recorder, of_sample, sd3_inputs
 from support.runs import CONFIG, run
 

@@ -1,10 +1,12 @@
 """`ras` with layers that are not the usual ones: LoRA, fused projections, other processors."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import StableDiffusion3PAGPipeline
-from support import naive, pipelines
-from support.naive import relative_error
+from support import pipelines
+from support.oracle import relative_error
 from support.pipelines import Recorder, normal, sd3_inputs
 from support.runs import (
     CONFIG,
@@ -30,29 +32,27 @@ pytestmark = [
 # --- LoRA -----------------------------------------------------------------------------------------
 
 
-def adapted(oracle, deltas, scale=1.0):
-    """The oracle's model with a LoRA's deltas added to its weights."""
-    other = naive.NaiveSD3.__new__(naive.NaiveSD3)
-    other.config, other.cache, other.noise = oracle.config, {}, {}
-    other.weights = dict(oracle.weights)
+def adapted(model, deltas, scale=1.0):
+    """A copy of the model with a LoRA's deltas added to its weights."""
+    model = copy.deepcopy(model)
     for name, delta in deltas.items():
-        other.weights[name] = other.weights[name] + scale * delta
-    return other
+        model.get_parameter(name).add_(scale * delta)
+    return model
 
 
 @pytest.mark.parametrize("loaded", ["before", "after"])
 def test_lora(monkeypatch, loaded):
     """Loaded before or after, scaled, swapped for another in place, and unloaded."""
     pipe = pipelines.sd3()
-    plain = naive.NaiveSD3(pipe.transformer)
+    plain = copy.deepcopy(pipe.transformer)
     (one, one_deltas), (two, two_deltas) = (lora(pipe.transformer, seed) for seed in (1000, 2000))
     record = Recorder(monkeypatch, pipe)
     inputs = sd3_inputs(pipe, 2)
 
-    def checked(oracle, **call):
+    def checked(model, **call):
         record.clear()
         run(pipe, inputs, **call)
-        check(record, oracle)
+        check(record, model)
 
     if loaded == "before":
         load_lora(pipe, one)
@@ -73,8 +73,7 @@ def test_lora(monkeypatch, loaded):
 
 def test_lora_fused_while_enabled(monkeypatch):
     pipe = pipelines.sd3()
-    plain = naive.NaiveSD3(pipe.transformer)
-    plain.weights = {name: weight.clone() for name, weight in plain.weights.items()}
+    plain = copy.deepcopy(pipe.transformer)
     state, deltas = lora(pipe.transformer, 1000)
     record = Recorder(monkeypatch, pipe)
     with ras.enabled(pipe, CONFIG):
@@ -90,7 +89,7 @@ def test_lora_fused_while_enabled(monkeypatch):
 def test_fused_projections_after_enable(monkeypatch):
     """Either sparse and right, or dense with one warning; and dense again at the end."""
     pipe = pipelines.sd3()
-    oracle = naive.NaiveSD3(pipe.transformer)
+    model = copy.deepcopy(pipe.transformer)
     inputs = sd3_inputs(pipe, 2)
     plain = run(pipe, inputs)
     record = Recorder(monkeypatch, pipe)
@@ -100,7 +99,7 @@ def test_fused_projections_after_enable(monkeypatch):
     for _ in range(2):
         record.clear()
         told += run_noting_warnings(pipe, inputs)[1]
-        check(record, oracle, [] if told else SPARSE, planned=SPARSE[: len(record.rows)])
+        check(record, model, [] if told else SPARSE, planned=SPARSE[: len(record.rows)])
         assert steps_of(pipe) == ((8, 0) if told else (3, 5))
     assert len(told) <= 1
     ras.disable(pipe)
@@ -112,12 +111,12 @@ def test_fused_projections_after_enable(monkeypatch):
 
 def test_fused_projections_before_enable(monkeypatch):
     pipe = pipelines.sd3()
-    oracle = naive.NaiveSD3(pipe.transformer)
+    model = copy.deepcopy(pipe.transformer)
     pipe.transformer.fuse_qkv_projections()
     record = Recorder(monkeypatch, pipe)
     ras.enable(pipe, CONFIG)
     _, told = run_noting_warnings(pipe, sd3_inputs(pipe, 2))
-    check(record, oracle, [] if told else SPARSE, planned=SPARSE[: len(record.rows)])
+    check(record, model, [] if told else SPARSE, planned=SPARSE[: len(record.rows)])
     assert len(told) <= 1
 
 

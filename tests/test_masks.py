@@ -8,10 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
 from PIL import Image
-from support import naive, pipelines
-from support.naive import relative_error
+from support import pipelines
 from support.pipelines import Recorder, normal, sd3_inputs
-from support.runs import SCHEDULERS, run, steps_of
+from support.runs import SCHEDULERS, check_rows, run, steps_of
 from test_undo import Snapshot, check_undone
 
 import ras
@@ -273,11 +272,8 @@ def test_inpainting_against_the_oracle(monkeypatch, scheduler):
         check_counts_of_stages(pipe, regions, pipe.scheduler.order)
     order = pipe.scheduler.order
     assert len(record.calls) == 6 * order - (order - 1) and not record.selections
-    oracle = naive.NaiveSD3(pipe.transformer)
-    for call in record.calls:
-        rows = [regions] * 4 if call["after"] // order in (2, 4, 5) else None
-        expected = oracle(call["hidden_states"], rows, **oracle.inputs(call))
-        assert relative_error(call["noise"], expected) < 1e-5
+    rows = dict.fromkeys((2, 4, 5), regions[None])
+    check_rows(record, pipe.transformer, rows, order)
 
 
 def check_counts_of_stages(pipe, regions, order):

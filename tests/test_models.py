@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
-from support import naive, pipelines
-from support.naive import relative_error
+from support import pipelines
+from support.oracle import relative_error
 from support.pipelines import Recorder, normal, random_rows, sd3_inputs, sparse_steps
 from support.runs import (
     CONFIG,
@@ -16,12 +16,14 @@ from support.runs import (
     START,
     STEPS,
     by_keyword,
+    by_oracle,
     by_position,
     check,
     check_run,
     fresh,
     loop,
-    lumina_oracle,
+    patches,
+    rows_of,
     run,
     steps_of,
 )
@@ -92,15 +94,12 @@ def test_ratio_that_does_not_divide(monkeypatch, ratio):
 def test_lumina(monkeypatch, patch, height, width, guidance):
     pipe = pipelines.lumina(patch_size=patch)
     inputs = pipelines.lumina_inputs(pipe, 3, height, width)
-    oracle = lumina_oracle(pipe, height, width)
-    check_run(monkeypatch, pipe, inputs, oracle, guidance=guidance)
+    check_run(monkeypatch, pipe, inputs, guidance=guidance)
 
 
 def test_lumina_without_proportional_attention(monkeypatch):
     pipe = pipelines.lumina()
-    oracle = naive.NaiveLumina(pipe.transformer, factor=0.5)
-    inputs = pipelines.lumina_inputs(pipe, 2)
-    check_run(monkeypatch, pipe, inputs, oracle, proportional_attn=False)
+    check_run(monkeypatch, pipe, pipelines.lumina_inputs(pipe, 2), proportional_attn=False)
 
 
 def test_lumina_changes_its_rotary_table_once(monkeypatch):
@@ -114,7 +113,71 @@ def test_lumina_changes_its_rotary_table_once(monkeypatch):
     switch = next(s for s in range(STEPS) if times[s] >= 0.5)
     assert switch in SPARSE
     sparse = [s for s in SPARSE if s != switch]
-    check(record, lumina_oracle(pipe, 16, 16, watershed=0.5), sparse, planned=SPARSE)
+    check(record, pipe.transformer, sparse, planned=SPARSE)
+
+
+# --- the published dimensions ---------------------------------------------------------------------
+
+# The latents of the Lumina run are not square, its batch is 2, and each sample has its own rows.
+PUBLISHED = {
+    "sd3-medium": ("sd3", pipelines.SD3_MEDIUM, dict(text=pipelines.SD3_TEXT), 28, 0.5),
+    "sd3.5-medium": ("sd3", pipelines.SD35_MEDIUM, dict(text=pipelines.SD3_TEXT), 28, 0.5),
+    "sd3.5-large": (
+        "sd3",
+        dict(pipelines.SD35_LARGE, num_layers=1),
+        dict(text=pipelines.SD3_TEXT),
+        8,
+        0.5,
+    ),
+    "lumina-next": (
+        "lumina",
+        pipelines.LUMINA_NEXT,
+        dict(text=pipelines.LUMINA_TEXT, batch=2, height=12, width=16),
+        28,
+        0.25,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_run_equals_that_of_the_oracle(name, monkeypatch):
+    """With a few layers. Each goes its own way from the first step to the last."""
+    family, sizes, shape, steps, ratio = PUBLISHED[name]
+    pipe = getattr(pipelines, family)(**sizes)
+    inputs = getattr(pipelines, f"{family}_inputs")(pipe, **shape)
+    record = Recorder(monkeypatch, pipe)
+    with ras.enabled(pipe, ras.RASConfig.paper(sample_ratio=ratio)):
+        result = run(pipe, inputs, steps)
+
+    batch, _, height, width = inputs["latents"].shape
+    tokens = height * width // 4
+    rows = rows_of(record, sparse_steps(steps))
+    for active in rows.values():
+        assert active.shape == (batch, tokens - int((1 - ratio) * tokens))
+        assert (active.diff(dim=1) > 0).all()
+    if batch > 1:
+        assert any(not torch.equal(active[0], active[1]) for active in rows.values())
+    check_inactive_rows(record, rows)
+
+    noises = record.noises
+    record.clear()
+    latents = run(by_oracle(pipe, [rows.get(s) for s in range(steps)]), inputs, steps)
+    assert len(record.noises) == len(noises) == steps
+    for s in range(steps):
+        assert relative_error(noises[s], record.noises[s]) <= 1e-5, f"noise of step {s}"
+    assert relative_error(result, latents) <= 1e-5
+
+
+def check_inactive_rows(record, rows):
+    """The noise of the inactive rows is the last step's to the bit, and of no other row."""
+    assert rows
+    for step, active in rows.items():
+        tokens, before = (patches(record.calls[s]["noise"]) for s in (step, step - 1))
+        same = (tokens == before).all(-1)
+        inactive = torch.ones_like(same)
+        copies = len(same) // len(active)
+        inactive.scatter_(1, active.repeat(copies, 1).long(), False)
+        assert torch.equal(same, inactive), f"step {step}"
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -148,7 +211,7 @@ def test_guidance_cut_off(monkeypatch, at):
         sparse = [s for s in SPARSE if s != at]
         assert steps_of(pipe) == (STEPS - len(sparse), len(sparse))
     assert [len(call["hidden_states"]) for call in record.calls] == [4] * at + [2] * (STEPS - at)
-    check(record, naive.NaiveSD3(pipe.transformer), sparse, planned=SPARSE)
+    check(record, pipe.transformer, sparse, planned=SPARSE)
 
 
 def test_guidance_cut_off_in_a_second_order_run(monkeypatch):
@@ -170,7 +233,7 @@ def test_guidance_cut_off_in_a_second_order_run(monkeypatch):
             callback_on_step_end_tensor_inputs=["prompt_embeds", "pooled_prompt_embeds"],
         )
         assert steps_of(pipe) == (4, 4)
-    check(record, naive.NaiveSD3(pipe.transformer), [2, 4, 6, 7], planned=SPARSE, order=2)
+    check(record, pipe.transformer, [2, 4, 6, 7], planned=SPARSE, order=2)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -189,7 +252,7 @@ def test_skip_layer_guidance(monkeypatch, batch):
         assert steps_of(pipe) == (3, 5)
     skipping = [call["after"] for call in record.calls if call.get("skip_layers")]
     assert skipping == [1, 2, 3, 4]
-    check(record, naive.NaiveSD3(pipe.transformer))
+    check(record, pipe.transformer)
 
 
 # --- what the selection sees ----------------------------------------------------------------------
@@ -245,7 +308,7 @@ def test_forced_rows_are_the_rows_that_are_used(monkeypatch):
     record = Recorder(monkeypatch, pipe, choose=random_rows)
     with ras.enabled(pipe, CONFIG):
         run(pipe, sd3_inputs(pipe, 2))
-    check(record, naive.NaiveSD3(pipe.transformer))
+    check(record, pipe.transformer)
 
 
 def test_statistics_count_what_was_computed(monkeypatch):
@@ -275,7 +338,7 @@ def test_fractions_of_the_run_and_an_end_step(monkeypatch):
     with ras.enabled(pipe, config):
         run(pipe, sd3_inputs(pipe), steps=12)
         assert steps_of(pipe) == (7, 5)
-    check(record, naive.NaiveSD3(pipe.transformer), sparse=[3, 4, 5, 7, 8])
+    check(record, pipe.transformer, sparse=[3, 4, 5, 7, 8])
     assert sparse_steps(12, 3, 8, (0.5, 0.76, 40)) == [3, 4, 5, 7, 8]
 
 

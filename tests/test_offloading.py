@@ -2,7 +2,7 @@
 
 The oracle of offloading and of layerwise casting is `ras` on the same weights without them. Here
 they go from the CPU to the CPU, and what is loaded when is counted; on a GPU they do what they are
-for. The oracle of quantised layers is `naive.py` with the weights that they stand for.
+for. The oracle of quantised layers is that of the weights that they stand for.
 """
 
 import accelerate
@@ -13,11 +13,11 @@ from diffusers import SD3Transformer2DModel
 from diffusers.hooks import group_offloading
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from diffusers.utils import torch_utils
-from support import naive, pipelines
-from support.naive import relative_error
+from support import pipelines
 from support.operands import DEVICE
+from support.oracle import relative_error
 from support.pipelines import Recorder, sd3_inputs
-from support.runs import CONFIG, check, fresh, load_lora, loop, lora, lumina_oracle, run
+from support.runs import CONFIG, check, fresh, load_lora, loop, lora, run
 
 import ras
 import ras_kernels
@@ -353,18 +353,15 @@ def quantise(torchao, pipe):
     assert sum(map(is_quantised, pipe.transformer.parameters())) > 20
 
 
-def dequantised(oracle):
-    oracle.weights = {
+def dequantised(transformer):
+    """A transformer with the weights that this one's stand for."""
+    model = type(transformer).from_config(transformer.config)
+    weights = {
         name: weight.dequantize() if is_quantised(weight) else weight
-        for name, weight in oracle.weights.items()
+        for name, weight in transformer.state_dict().items()
     }
-    return oracle
-
-
-def oracle_of(pipe):
-    if isinstance(pipe.transformer, SD3Transformer2DModel):
-        return naive.NaiveSD3(pipe.transformer)
-    return lumina_oracle(pipe, 16, 16)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -382,7 +379,7 @@ def test_quantised(monkeypatch, torchao, family, order):
             record.clear()
         run(pipe, inputs)
         assert ras.stats(pipe).steps_sparse == 5
-    check(record, dequantised(oracle_of(pipe)))
+    check(record, dequantised(pipe.transformer))
     assert 1e-3 < relative_error(run(pipe, inputs), original) < 0.1  # it does make a difference
 
 
@@ -403,7 +400,7 @@ def test_quantised_by_diffusers(monkeypatch, torchao, tmp_path):
     with ras.enabled(pipe, CONFIG):
         run(pipe, inputs)
         assert ras.stats(pipe).steps_sparse == 5
-    check(record, dequantised(oracle_of(pipe)))
+    check(record, dequantised(pipe.transformer))
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

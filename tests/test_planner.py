@@ -14,8 +14,9 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
 )
 from support import pipelines
+from support.oracle import gain
 from support.pipelines import normal, sd3_inputs
-from support.runs import SHARES, gain, levels, planned, run, run_noting_warnings
+from support.runs import SHARES, levels, planned, run, run_noting_warnings
 
 import ras
 from ras.clock import Clock, position, read_clock
@@ -128,7 +129,8 @@ def test_gains_are_the_closed_form(extrapolation):
     for before, last in ((0, 1), (1, 4), (3, 9)):
         steps = np.arange(last + 1, 12)
         expected = [
-            gain(abs(at[s] - at[last]), abs(at[last] - at[before]), extrapolation) for s in steps
+            gain(abs(at[s] - at[last]), abs(at[last] - at[before]), extrapolation).item()
+            for s in steps
         ]
         assert gains(kernel, before, last, steps) == pytest.approx(expected, abs=1e-9)
     assert (gains(kernel, -1, 3, np.arange(4, 9)) == 0).all()

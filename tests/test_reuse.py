@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from einops import rearrange
-from support.naive import relative_error
+from support.oracle import gain, relative_error
 from support.pipelines import normal
-from support.runs import drift_scores, gain, held_like, merged, predicted
+from support.runs import drift_scores, held_like, merged, predicted
 
 import ras
 import ras_kernels

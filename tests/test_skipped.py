@@ -1,6 +1,6 @@
 """Steps that compute nothing, in whole runs.
 
-The oracle is a stand-in for the plain transformer that answers the skipped steps itself.
+The same run is made with the oracle in the place of the transformer.
 """
 
 import pytest
@@ -8,12 +8,11 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from support import pipelines
-from support.naive import relative_error
+from support.oracle import relative_error
 from support.pipelines import sd3_inputs
-from support.runs import DENSE_STEPS, SHARES, gain, loop, run
+from support.runs import DENSE_STEPS, SHARES, by_oracle, loop, of_plan, run
 
 import ras
-from ras.clock import position, read_clock
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -23,78 +22,48 @@ pytestmark = [
 HEUN = FlowMatchHeunDiscreteScheduler
 
 
-class ByHand:
-    """The plain transformer in the dense steps; else what its last two answers lead to."""
-
-    def __init__(self, transformer, scheduler, shares, extrapolation=0.62):
-        self.compute, self.scheduler = transformer.forward, scheduler
-        self.shares, self.factor = shares, extrapolation
-        self.stage, self.computed, self.seen = 0, 0, []  # (position, noise) of two levels
-
-    def __call__(self, *args, **kwargs):
-        step = self.stage // self.scheduler.order
-        t = position(read_clock(self.scheduler).stages[self.stage])
-        self.stage += 1
-        if self.shares[step]:
-            noise = self.compute(*args, **{**kwargs, "return_dict": False})[0]
-            self.computed += 1
-            if self.seen and self.seen[-1][0] == t:
-                self.seen.pop()
-            self.seen = [*self.seen, (t, noise)][-2:]
-        else:
-            (t1, noise) = self.seen[-1]
-            if len(self.seen) > 1:
-                t0, v0 = self.seen[0]
-                noise = noise + gain(abs(t - t1), abs(t1 - t0), self.factor) * (noise - v0)
-        if kwargs.get("return_dict", True):
-            return Transformer2DModelOutput(sample=noise)
-        return (noise,)
-
-
 def skipping(family="sd3", batch=1, scheduler=pipelines.euler, shares=SHARES, **call):
-    """What a run with the plan gives, what it gives by hand, and the statistics."""
+    """What a run with the plan gives, what the oracle's gives, and the statistics."""
     pipe = getattr(pipelines, family)(scheduler=scheduler())
     inputs = getattr(pipelines, f"{family}_inputs")(pipe, batch)
     plain = getattr(pipelines, family)(scheduler=scheduler())
-    hand = ByHand(plain.transformer, plain.scheduler, shares)
-    plain.transformer.forward = hand
+    by_oracle(plain, of_plan(shares), extrapolation=0.62)
     expected = run(plain, inputs, len(shares), **call)
     with ras.enabled(pipe, plan=shares, extrapolation=0.62):
         result = run(pipe, inputs, len(shares), **call)
         stats = ras.stats(pipe)
-    return result, expected, stats, hand
+    return result, expected, stats
 
 
 @pytest.mark.parametrize("scheduler", [pipelines.euler, HEUN])
 @pytest.mark.parametrize("family, batch, guidance", [("sd3", 1, 1.0), ("sd3", 2, 4.0)])
 def test_skipped_steps(family, batch, guidance, scheduler):
-    result, expected, stats, hand = skipping(family, batch, scheduler, guidance=guidance)
+    result, expected, stats = skipping(family, batch, scheduler, guidance=guidance)
     assert relative_error(result, expected) < 1e-5
     order, copies = scheduler().order, batch * (2 if guidance > 1 else 1)
-    calls = 8 * order - (order - 1)
-    assert hand.stage == calls and hand.computed == 4 * order
+    calls, computed = 8 * order - (order - 1), 4 * order
     assert (stats.steps_dense, stats.steps_sparse, stats.steps_skipped) == (4, 0, 4)
     assert (stats.tokens_computed, stats.tokens_total) == (
-        copies * 64 * hand.computed,
+        copies * 64 * computed,
         copies * 64 * calls,
     )
     assert (stats.text_tokens, stats.text_tokens_total) == (
-        copies * 12 * hand.computed,
+        copies * 12 * computed,
         copies * 12 * calls,
     )
-    assert stats.speedup_ceiling == calls / hand.computed
-    assert torch.equal(stats.region_counts, torch.full((batch, 8, 8), hand.computed))
+    assert stats.speedup_ceiling == calls / computed
+    assert torch.equal(stats.region_counts, torch.full((batch, 8, 8), computed))
     assert stats.plan.shares == SHARES and stats.steps_planned == 8 and stats.warnings == ()
 
 
 @pytest.mark.parametrize("batch, guidance", [(1, 1.0), (3, 4.0)])
 @pytest.mark.parametrize("scheduler", [pipelines.euler, HEUN])
 def test_skipped_steps_of_lumina(scheduler, batch, guidance):
-    result, expected, stats, hand = skipping("lumina", batch, scheduler, guidance=guidance)
+    result, expected, stats = skipping("lumina", batch, scheduler, guidance=guidance)
     assert relative_error(result, expected) < 1e-5
     assert (stats.steps_dense, stats.steps_skipped) == (4, 4)
     copies = batch * (2 if guidance > 1 else 1)
-    assert stats.tokens_computed == copies * 64 * hand.computed
+    assert stats.tokens_computed == copies * 64 * 4 * scheduler().order
     assert (stats.text_tokens, stats.text_tokens_total) == (0, 0)
 
 
@@ -108,9 +77,10 @@ def test_skipped_steps_in_a_loop_by_hand(return_dict):
         return output.sample if return_dict else output[0]
 
     pipe = pipelines.sd3()
-    inputs, scheduler = sd3_inputs(pipe, 2), pipelines.euler()
-    hand = ByHand(pipe.transformer, scheduler, SHARES)
-    expected = loop(hand, scheduler, inputs, call=call)
+    inputs, plain = sd3_inputs(pipe, 2), pipelines.sd3()
+    by_oracle(plain, of_plan(SHARES), extrapolation=0.62)
+    expected = loop(plain.transformer, plain.scheduler, inputs, call=call)
+    scheduler = pipelines.euler()
     ras.enable(pipe.transformer, plan=SHARES, extrapolation=0.62, scheduler=scheduler)
     result = loop(pipe.transformer, scheduler, inputs, call=call)
     stats = ras.stats(pipe.transformer)
@@ -123,13 +93,7 @@ def test_factors_of_a_plan_count_for_their_steps():
     shares, factors = (1, 1, 0, 0, 1, 0), (0, 0, 0.3, 1.0, 0, 0)
     pipe, plain = pipelines.sd3(), pipelines.sd3()
     inputs = sd3_inputs(pipe)
-    hand = ByHand(plain.transformer, plain.scheduler, shares)
-
-    def forward(*args, **kwargs):
-        hand.factor = factors[hand.stage]
-        return hand(*args, **kwargs)
-
-    plain.transformer.forward = forward
+    by_oracle(plain, of_plan(shares), factors)
     with ras.enabled(pipe, plan=ras.Plan(shares, factors)):
         assert relative_error(run(pipe, inputs, 6), run(plain, inputs, 6)) < 1e-5
 
@@ -137,7 +101,7 @@ def test_factors_of_a_plan_count_for_their_steps():
 def test_held_noise_in_skipped_steps():
     pipe, plain = pipelines.sd3(), pipelines.sd3()
     inputs = sd3_inputs(pipe)
-    plain.transformer.forward = ByHand(plain.transformer, plain.scheduler, SHARES, 0.0)
+    by_oracle(plain, of_plan(SHARES))
     with ras.enabled(pipe, plan=SHARES, extrapolation=0):
         assert torch.equal(run(pipe, inputs), run(plain, inputs))
 

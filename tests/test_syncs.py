@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from support import pipelines
-from support.naive import relative_error
 from support.operands import DEVICE
+from support.oracle import relative_error
 from support.runs import run
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -289,7 +289,7 @@ class Recorder:
     """
 
     def __init__(self, monkeypatch, pipe, *other_schedulers, choose=None):
-        self.choose = choose
+        self.choose, self.pipe = choose, pipe
         self.clear()
         self.watch_calls(monkeypatch, type(pipe.transformer))
         for cls in {type(s) for s in (pipe.scheduler, *other_schedulers)}:

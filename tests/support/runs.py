@@ -1,11 +1,10 @@
 """Runs that tests make of the pipelines of `pipelines.py`, and how they are checked.
 
-A run is recorded, and every call of the transformer handed to the oracle of `naive.py`, with the
-rows that `ras` chose for the sparse steps: the noise must be the same in each call.
+A run is recorded, and every call of the transformer handed to `oracle.py`, with the rows that `ras`
+chose for the sparse steps: the noise must be the same in each call.
 """
 
 import itertools
-import math
 import warnings
 
 import torch
@@ -19,14 +18,15 @@ from diffusers import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import ras
-from ras.clock import Clock, position
+from ras.clock import Clock
 from ras.layout import Layout
 from ras.output import HeldTokens
 from ras.policy.planner import plan_run
-from support import naive, pipelines
-from support.naive import relative_error
+from support import pipelines
+from support.oracle import NOBODY, Oracle, position, relative_error
 from support.pipelines import Recorder, normal
 
 STEPS, START, RESETS = 8, 2, (5,)
@@ -43,24 +43,73 @@ def run(pipe, inputs, steps=STEPS, guidance=4.0, seed=7, **call):
     return pipe(**inputs, num_inference_steps=steps, guidance_scale=guidance, **call).images
 
 
-def check(record, oracle, sparse=SPARSE, planned=None, order=1):
+def errors(record, model, rows, order=1, **settings):
+    """The relative error of each recorded call's noise; `rows` has the active ones of some steps.
+
+    Model and settings are the oracle's. With a solver of order 2, two calls of the scheduler are
+    one step.
+    """
+    oracle, scheduler = Oracle(model, **settings), record.pipe.scheduler
+    sigmas = scheduler.sigmas[scheduler.begin_index or 0 :]
+    assert not ras.is_enabled(model) and {c["after"] // order for c in record.calls} >= set(rows)
+    for call in record.calls:
+        inputs = {name: call[name] for name in call if name not in ("noise", "after")}
+        stage = call["after"]
+        noise = oracle(rows.get(stage // order), sigmas[stage], **inputs)
+        yield relative_error(call["noise"], noise)
+
+
+def check_rows(*args, **kwargs):
+    """Every call's noise is the oracle's; see `errors`."""
+    found = list(errors(*args, **kwargs))
+    assert found and all(error < 1e-5 for error in found), found
+
+
+def rows_of(record, sparse, planned=None):
+    """The rows of each `sparse` step: one selection was made for each of them, or `planned` one."""
+    planned = list(sparse if planned is None else planned)
+    assert len(record.rows) == len(planned), "one selection for each sparse step"
+    return {step: rows for step, rows in zip(planned, record.rows) if step in sparse}
+
+
+def check(record, model, sparse=SPARSE, planned=None, order=1, **settings):
     """Every call's noise is the oracle's, and the rows of each sparse step were used."""
-    calls = list(naive.replay(oracle, record, sparse, planned, order))
-    assert {c["after"] // order for c in record.calls} >= set(sparse)
-    for n, (noise, expected) in enumerate(calls):
-        assert relative_error(noise, expected) < 1e-5, f"call {n} of {len(calls)}"
+    check_rows(record, model, rows_of(record, sparse, planned), order, **settings)
 
 
-def check_run(monkeypatch, pipe, inputs, oracle=None, config=CONFIG, **call):
+def check_run(monkeypatch, pipe, inputs, config=CONFIG, **call):
     """A recorded run with `ras`, checked, and its statistics."""
     record = Recorder(monkeypatch, pipe)
-    oracle = oracle or naive.NaiveSD3(pipe.transformer)
     with ras.enabled(pipe, config):
         run(pipe, inputs, **call)
         stats = ras.stats(pipe)
-    check(record, oracle)
+    check(record, pipe.transformer)
     assert (stats.steps_dense, stats.steps_sparse) == (STEPS - len(SPARSE), len(SPARSE))
     return record
+
+
+def by_oracle(pipe, rows, factors=None, **settings):
+    """A plain pipeline with the oracle in the place of its transformer; it is returned, too.
+
+    `rows` are those of each step, and `factors` its extrapolation, if that is not always the same.
+    """
+    oracle, scheduler = Oracle(pipe.transformer, **settings), pipe.scheduler
+    stages = iter(range(len(rows) * scheduler.order))
+
+    def forward(*args, **kwargs):
+        stage = next(stages)
+        if factors is not None:
+            oracle.extrapolation = factors[stage // scheduler.order]
+        noise = oracle(rows[stage // scheduler.order], scheduler.sigmas[stage], *args, **kwargs)
+        return Transformer2DModelOutput(noise) if kwargs.get("return_dict", True) else (noise,)
+
+    pipe.transformer.forward = forward
+    return pipe
+
+
+def of_plan(shares):
+    """The rows of each step of a plan that skips some and computes all tokens in the others."""
+    return [None if share else NOBODY for share in shares]
 
 
 def fresh(inputs, config=CONFIG, **call):
@@ -73,16 +122,6 @@ def fresh(inputs, config=CONFIG, **call):
 def steps_of(pipe):
     stats = ras.stats(pipe)
     return stats.steps_dense, stats.steps_sparse
-
-
-def lumina_oracle(pipe, height, width, watershed=1.0):
-    side = pipe.transformer.config.sample_size
-    return naive.NaiveLumina(
-        pipe.transformer,
-        base_length=(side * 8 // 16) ** 2,
-        factor=math.sqrt(height * width / side**2),
-        watershed=watershed,
-    )
 
 
 LORA_LAYERS = [
@@ -212,12 +251,11 @@ def planned(config, sigmas, tokens, text, masked=None):
     return found.plan, found.warning
 
 
-def gain(ahead, behind, extrapolation):
-    """g of one token: the formula at the top of `ras/reuse.py`."""
-    if not ahead or not behind:
-        return 0.0
-    h = 1 + math.log2(1 + extrapolation)
-    return ((ahead + behind) ** h - ahead**h - behind**h) / (2 * behind**h)
+def patches(noise, p=2):
+    """(batch, tokens, numbers of a patch)."""
+    batch, channels, height, width = noise.shape
+    noise = noise.reshape(batch, channels, height // p, p, width // p, p)
+    return noise.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // p**2, -1)
 
 
 def patch_of(noise, sample, region, width, p=2):
