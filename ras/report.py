@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -68,5 +69,10 @@ class Stats:
             "caches": f"{self.cache_bytes:,} bytes",
             "warnings": "; ".join(self.warnings) or "none",
         }
-        width = max(map(len, rows)) + 2
-        return "\n".join(f"{name:{width}}{value}" for name, value in rows.items())
+        return aligned(rows)
+
+
+def aligned(rows: dict[str, Any]) -> str:
+    """A line for each, the values below each other."""
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name:{width}}{value}" for name, value in rows.items())

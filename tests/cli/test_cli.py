@@ -20,7 +20,8 @@ from transformers import CLIPTokenizer
 
 import ras
 import ras_kernels
-from ras import cli, pictures
+from ras import cli
+from ras.cli import pictures
 
 PROMPT = "a ring"  # short enough for the small model's tokenizers
 SIZE = (128, 96)  # width and height, so that exchanging them shows
@@ -111,7 +112,7 @@ def test_compares(folder, tmp_path, capsys):
     assert [report[name] for name in steps] == [getattr(stats, name) for name in steps]
     assert report["steps_skipped"] > 0 and sum(report[name] for name in steps) == 6
     assert report["speedup_ceiling"] == pytest.approx(2, rel=0.03)
-    assert report["runs"] == cli.REPEATS
+    assert report["runs"] == cli.generate.REPEATS
     tokens = ("tokens_computed", "tokens_total", "text_tokens")
     for name in (*tokens, "speedup_ceiling", "cache_bytes"):
         assert report[name] == getattr(stats, name)
@@ -177,7 +178,7 @@ def test_prints_a_summary(folder, tmp_path, capsys):
 
 def test_long_runs_are_timed_once(folder, tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 1000, 12))
-    monkeypatch.setattr(cli, "_clock", lambda device: float(next(clock)))
+    monkeypatch.setattr(cli.generate, "clock", lambda device: float(next(clock)))
     assert generate(folder, tmp_path / "out.png", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["runs"] == 1
@@ -289,7 +290,7 @@ def test_refuses_a_wrong_option(options, named, tmp_path, capsys, monkeypatch):
     Path("folder.png").mkdir()
     Path("wrong.json").write_text('{"ras_plan": 1, "shares": [1, 2]}')
     PLAN.save("plan.json")
-    monkeypatch.setattr(cli, "_load", lambda options: pytest.fail("loaded a model"))
+    monkeypatch.setattr(cli.generate, "load", lambda options: pytest.fail("loaded a model"))
     assert cli.main(["generate", PROMPT, *options]) == 2
     assert named in error_line(capsys)
 

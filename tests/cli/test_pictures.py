@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from ras import pictures
+from ras.cli import pictures
 
 
 def flat(value, size=(4, 4)):
