@@ -24,7 +24,7 @@ The prediction of a fractional Brownian motion from two points is the `g` of `ga
 and Van Ness, 1968, give the covariance; the best linear prediction is its normal equation). The
 constants were chosen on the bundled model with 28 steps, shift 3 and guidance 4, that of the jump
 on this model and another SD3 at guidance 1, 4 and 7 in 20, 28 and 50 steps (3 and 10 did equally
-well); `benchmarks.pareto` tells what they are worth elsewhere.
+well); `benchmarks.quality.pareto` tells what they are worth elsewhere.
 """
 
 from __future__ import annotations
