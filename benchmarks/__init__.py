@@ -1,1 +1,5 @@
-"""Drawn scenes, the training of the bundled model and the measurements made with it."""
+"""Measurements in rooms by subject, with the drawn scenes and the models that they are made with.
+
+`quality` has the ruler, `speed` whole pipelines, `model` scenes and training, `gpu` all that needs
+a GPU; `results` has what they wrote.
+"""

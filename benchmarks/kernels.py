@@ -40,10 +40,10 @@ from tqdm import tqdm
 from ras_kernels import _triton
 
 from .chips import CHIPS, floor_us
-from .goals import OURS, Row, best
+from .gpu.goals import OURS, Row, best
 from .jobs import DTYPE, JOBS, SHAPES, TINY_SHAPES, Shape, Way, prepare
+from .speed.timing import Timer, Times, device_name
 from .tables import COLOURS, cells, folder_name, save
-from .timing import Timer, Times, device_name
 
 SECONDS, QUICK, TINY = 0.3, 0.05, 0.001  # of each measurement
 COPIED, TINY_COPIED = 1 << 30, 1 << 20  # bytes, of the copy that gives the ceiling

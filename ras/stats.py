@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +84,13 @@ class Stats:
             "caches": f"{self.cache_bytes:,} bytes",
             "warnings": "; ".join(self.warnings) or "none",
         }
-        width = max(map(len, rows)) + 2
-        return "\n".join(f"{name:{width}}{value}" for name, value in rows.items())
+        return aligned(rows)
+
+
+def aligned(rows: dict[str, Any]) -> str:
+    """A line for each, the values below each other."""
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name:{width}}{value}" for name, value in rows.items())
 
 
 @dataclass

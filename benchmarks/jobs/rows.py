@@ -1,0 +1,119 @@
+"""Jobs that move rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import ras_kernels
+from ras_kernels import reference
+
+from .job import DTYPE, PATCH, Job, Shape, Way, active_index, flat_index, normal
+
+
+def gather_tokens(s: Shape, device: str) -> Job:
+    """The active rows of the hidden states, (B, N, C)."""
+    tokens, index = normal(device, s.batch, s.tokens, s.width), active_index(s, device)
+    at, wide = flat_index(index, s.tokens), index.long()[:, :, None].expand(-1, -1, s.width)
+    rows = tokens[:, : s.active]
+    return Job(
+        [rows, rows, index],
+        Way(lambda: ras_kernels.gather_tokens(tokens, index)),
+        {
+            "index_select": Way(
+                lambda: tokens.flatten(0, 1).index_select(0, at).view(s.batch, -1, s.width)
+            ),
+            "gather": Way(lambda: tokens.gather(1, wide)),
+            "indexing": Way(lambda: reference.gather_tokens(tokens, index)),
+        },
+        tolerance=0,
+    )
+
+
+def scatter_tokens_(s: Shape, device: str) -> Job:
+    """New keys into the image's rows of a cache, (B, N + T, G, D)."""
+    cache, index = normal(device, s.batch, s.rows, s.groups, s.size), active_index(s, device)
+    rows, image = normal(device, s.batch, s.active, s.groups, s.size), cache[:, : s.tokens]
+    at = flat_index(index, s.rows)
+
+    def index_copy() -> Tensor:
+        cache.flatten(0, 1).index_copy_(0, at, rows.flatten(0, 1))
+        return image
+
+    def indexing() -> Tensor:
+        reference.scatter_tokens_(image, index, rows)
+        return image
+
+    return Job(
+        [rows, rows, index],
+        Way(lambda: ras_kernels.scatter_tokens_(image, index, rows)),
+        {"index_copy_": Way(index_copy), "indexing": Way(indexing)},
+        written=[cache],
+        tolerance=0,
+    )
+
+
+def merge_noise_(s: Shape, device: str) -> Job:
+    """New noise into the last noise of all tokens, and a copy of that."""
+    columns = s.channels * PATCH**2
+    cached, index = normal(device, s.batch, s.tokens, columns), active_index(s, device)
+    fresh, at = normal(device, s.batch, s.active, columns), flat_index(index, s.tokens)
+
+    def index_copy() -> Tensor:
+        cached.flatten(0, 1).index_copy_(0, at, fresh.flatten(0, 1))
+        return cached.clone()
+
+    return Job(
+        [fresh, fresh, cached, cached, index],
+        Way(lambda: ras_kernels.merge_noise_(cached, index, fresh)),
+        {"index_copy_, clone": Way(index_copy)},
+        written=[cached],
+        tolerance=0,
+    )
+
+
+def update_tokens_(s: Shape, device: str) -> Job:
+    """New keys into a cache, and how much they changed into another."""
+    tokens, changes = (normal(device, s.batch, s.tokens, s.groups, s.size) for _ in range(2))
+    rows, index = normal(device, s.batch, s.active, s.groups, s.size), active_index(s, device)
+    at = flat_index(index, s.tokens)
+
+    def ours() -> Sequence[Tensor]:
+        ras_kernels.update_tokens_(tokens, changes, index, rows)
+        return tokens, changes
+
+    def index_copy() -> Sequence[Tensor]:
+        new, all_tokens = rows.flatten(0, 1), tokens.flatten(0, 1)
+        changes.flatten(0, 1).index_copy_(0, at, new - all_tokens.index_select(0, at))
+        all_tokens.index_copy_(0, at, new)
+        return tokens, changes
+
+    return Job(
+        [rows, rows, rows, rows, index],
+        Way(ours),
+        {"index_select, sub, index_copy_": Way(index_copy)},
+        written=[tokens, changes],
+    )
+
+
+def carry_tokens(s: Shape, device: str) -> Job:
+    """A cache's image rows, carried on by their last changes, with its text rows as they are."""
+    tokens = normal(device, s.batch, s.rows, s.groups, s.size)
+    changes = normal(device, s.batch, s.tokens, s.groups, s.size)
+    gain = normal(device, s.batch, s.tokens, dtype=torch.float32)
+
+    def addcmul() -> Tensor:
+        share = gain[:, :, None, None].to(DTYPE)
+        carried = torch.addcmul(tokens[:, : s.tokens], changes, share)
+        return torch.cat([carried, tokens[:, s.tokens :]], 1)
+
+    return Job(
+        [tokens, tokens, changes, gain],
+        Way(lambda: ras_kernels.carry_tokens(tokens, changes, gain)),
+        {"addcmul, cat": Way(addcmul)},
+    )
+
+
+JOBS = gather_tokens, scatter_tokens_, merge_noise_, update_tokens_, carry_tokens

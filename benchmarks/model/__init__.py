@@ -1,0 +1,1 @@
+"""The drawn scenes, and the small models that are trained on them."""

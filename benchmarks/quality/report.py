@@ -1,0 +1,226 @@
+"""What the ruler has measured, as a table, as a comparison at equal time and as a plot.
+
+Quality is given with normal 95 % intervals of its mean over the images; a speed-up is the median
+over the batches, with an interval that holds it with at least 95 % confidence (order statistics;
+the whole range if there are fewer than 6 batches).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+from ..speed.timing import median_interval
+from ..tables import COLOURS, grid, save
+from .judge import ATTRIBUTES
+
+TARGETS = (1.5, 1.75, 2.0, 2.5, 3.0)  # speed-ups at which methods are compared
+PLAIN = "fewer steps"  # the method that everything has to beat
+MARKERS = "os^vDPX<"
+CEILING = 65.0  # dB, the top of the plot: above, no difference can be seen
+
+Row = dict[str, Any]
+
+
+def write(results: Row, out: Path) -> str:
+    """Write table.md and plot.png into the folder `out`, and return the table."""
+    parts = [heading(results), table(results), comparison(results["rows"])]
+    if results["options"]["half"] is None and len(results["rows"][0]["psnr"]) > 2:
+        parts.append(on_half_b(results["rows"]))
+    text = "\n\n".join(parts) + "\n"
+    (out / "table.md").write_text(text, encoding="utf-8")
+    plot(results["rows"], out / "plot.png")
+    return text
+
+
+def heading(results: Row) -> str:
+    """Where and on what it was measured, and how steady the machine was."""
+    machine, options = results["machine"], results["options"]
+    images = len(results["rows"][0]["ssim"])
+    spread = statistics.median(max(runs) / min(runs) - 1 for runs in results["dense"])
+    lines = [
+        f"{images} of {len(results['prompts'])} prompts in {len(results['dense'])} batches"
+        + (f" (half {options['half']})" if options["half"] else "")
+        + f"; {machine['device']}, {machine['threads']} threads, {options['dtype']}, "
+        f"torch {machine['torch']}, diffusers {machine['diffusers']}, "
+        f"cache-dit {machine['cache-dit']}, ras {machine['ras']}.",
+        f"The three dense runs of a batch differ by {spread:.1%} (median over the batches).",
+        *(f"{note}." for note in results["notes"]),
+    ]
+    return "\n".join(lines)
+
+
+def table(results: Row) -> str:
+    """A row per setting, the dense one first."""
+    objects = np.array(results["objects"][: len(results["rows"][0]["ssim"])])
+    titles = ["method", "setting", "speed-up (95 %)", "compute", "s / image", "PSNR, dB", "SSIM"]
+    if len(objects):
+        titles += [*(f"{name} right, %" for name in ATTRIBUTES), "Fréchet"]
+    lines = []
+    for row in results["rows"]:
+        low, high = median_interval(row["speedup"])
+        entries = [
+            f"**{row['method']}**" if row["ours"] else row["method"],
+            row["label"],
+            f"{speed(row):.2f} ({low:.2f} to {high:.2f})",
+            f"{row['compute']:.2f}",
+            f"{statistics.median(row['seconds']):.3f}",
+            "" if row["method"] == "dense" else with_interval(row["psnr"], 2),
+            "" if row["method"] == "dense" else with_interval(row["ssim"], 4),
+        ]
+        if len(objects):
+            entries += [share(right, objects) for right in np.array(row["right"]).T]
+            entries.append("" if row["frechet"] is None else f"{row['frechet']:.3f}")
+        lines.append(entries)
+    return grid(" | ".join(titles), lines)
+
+
+def comparison(rows: list[Row]) -> str:
+    """Each method's PSNR at equal wall time, and what ours gains on the others.
+
+    A method's line is linear between its settings, in the logarithm of the time, without those
+    that another of its own beats in both; beyond the line's ends the cell is blank. Intervals of
+    gains are those of the differences image by image.
+    """
+    lines: list[list[str]] = []
+    found = {name: [at_speed(line, target) for target in TARGETS] for name, line in by_method(rows)}
+    own = {row["method"] for row in rows if row["ours"]}
+    for name, values in found.items():
+        title = f"**{name}**" if name in own else name
+        lines.append([title, *("" if v is None else f"{v.mean():.2f}" for v in values)])
+    others = {name: values for name, values in found.items() if name not in own}
+    for name in found:
+        if name in own:
+            plain = others.get(PLAIN, [None] * len(TARGETS))
+            gains = [gain(mine, other) for mine, other in zip(found[name], plain)]
+            lines.append([f"**{name}** over {PLAIN}", *gains])
+            gains = [
+                gain_on_best(mine, {other: values[i] for other, values in others.items()})
+                for i, mine in enumerate(found[name])
+            ]
+            lines.append([f"**{name}** over the best other", *gains])
+    titles = " | ".join(["method", *(f"{target:g}×" for target in TARGETS)])
+    return "PSNR, dB, at equal wall time:\n\n" + grid(titles, lines)
+
+
+def on_half_b(rows: list[Row]) -> str:
+    """What ours gains, on the odd prompts alone, which no constant was chosen on."""
+    odd = [row | {"psnr": row["psnr"][1::2]} for row in rows]
+    lines = comparison(odd).splitlines()[2:]
+    gains = [line for line in lines if " over " in line]
+    return "\n".join(["The gains on half b alone:", "", *lines[:2], *gains])
+
+
+def by_method(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """The lines of the plot: rows of one method, from the slowest to the fastest."""
+    names = dict.fromkeys(row["method"] for row in rows if row["method"] != "dense")
+    return [
+        (name, sorted((row for row in rows if row["method"] == name), key=speed)) for name in names
+    ]
+
+
+def speed(row: Row) -> float:
+    return statistics.median(row["speedup"])
+
+
+def at_speed(line: list[Row], target: float) -> np.ndarray | None:
+    """The PSNR of each image, (N,), at a speed-up on a method's line; None beyond its ends."""
+    for slow, fast in pairwise(front(line)):
+        if speed(slow) <= target <= speed(fast):
+            width = math.log(speed(fast) / speed(slow))
+            weight = math.log(target / speed(slow)) / width if width else 0.0
+            return (1 - weight) * np.array(slow["psnr"]) + weight * np.array(fast["psnr"])
+    return None
+
+
+def front(line: list[Row]) -> list[Row]:
+    """The settings that no faster one of the method matches in its mean PSNR."""
+    return [
+        row
+        for i, row in enumerate(line)
+        if all(np.mean(row["psnr"]) > np.mean(faster["psnr"]) for faster in line[i + 1 :])
+    ]
+
+
+def gain(mine: np.ndarray | None, other: np.ndarray | None) -> str:
+    if mine is None or other is None:
+        return ""
+    mean, error = mean_and_error(mine - other)
+    return f"{mean:+.2f} ± {error:.2f}"
+
+
+def gain_on_best(mine: np.ndarray | None, others: dict[str, np.ndarray | None]) -> str:
+    known = {name: values for name, values in others.items() if values is not None}
+    if mine is None or not known:
+        return ""
+    best = max(known, key=lambda name: known[name].mean())
+    return f"{gain(mine, known[best])} ({best})"
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean, and half of its normal 95 % interval."""
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def with_interval(values: list[float], digits: int) -> str:
+    mean, error = mean_and_error(np.array(values))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def share(right: np.ndarray, objects: np.ndarray) -> str:
+    """The share of all objects that are right, in per cent; a ratio of means over the images."""
+    ratio = right.sum() / objects.sum()
+    _, error = mean_and_error((right - ratio * objects) / objects.mean())
+    return f"{100 * ratio:.1f} ± {100 * error:.1f}"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """PSNR against the measured speed-up and against compute: a line a method, ours on top."""
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    fastest = max(max(speed(row), row["compute"]) for row in rows)
+    for axes, measure, title in (
+        (panels[0], speed, "speed-up, measured"),
+        (panels[1], lambda row: row["compute"], "dense compute over the method's"),
+    ):
+        for (name, line), look in zip(by_method(rows), looks(rows)):
+            points = sorted((measure(row), np.mean(row["psnr"])) for row in line)
+            axes.plot(*zip(*points), label=name, **look)
+        axes.axvline(1, color="black", linewidth=1, linestyle=":")
+        axes.plot(1, 0.985, "k*", markersize=13, transform=axes.get_xaxis_transform())
+        axes.annotate("dense", (1, 0.97), (8, 0), axes.get_xaxis_transform(), "offset points")
+        axes.set(xlabel=title, xscale="log", xlim=(0.95, 1.04 * max(fastest, 1.5)))
+        axes.xaxis.set_major_locator(FixedLocator([1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6]))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}×"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("PSNR to the dense image, dB")
+    top = max(np.mean(row["psnr"]) for row in rows if row["method"] != "dense")
+    panels[0].set_ylim(top=min(top + 3, CEILING))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    save(figure, path)
+
+
+def looks(rows: list[Row]) -> Iterator[dict[str, Any]]:
+    """How each method's line is drawn; no two others are alike, in grey or to the colour-blind."""
+    own = other = 0
+    for _, line in by_method(rows):
+        if line[0]["ours"]:
+            look = dict(color="black", linewidth=3.2, markersize=9, zorder=4)
+            yield look | dict(marker="o*"[own % 2], linestyle="-" if own < 2 else "--")
+            own += 1
+        else:
+            look = dict(color=COLOURS[other % len(COLOURS)], linewidth=1.5, markersize=5, zorder=3)
+            style = "-" if other < len(COLOURS) else "--"
+            yield look | dict(marker=MARKERS[other % len(MARKERS)], linestyle=style)
+            other += 1

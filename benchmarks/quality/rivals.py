@@ -1,0 +1,119 @@
+"""The methods that RAS is measured against, each as settings for `benchmarks.quality.pareto`.
+
+* Fewer steps of the same scheduler, the plainest of all.
+* The policy of RAS's published code, and the paper's as this library corrects it.
+* The caches of diffusers and of cache-dit, see `benchmarks.quality.caches`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from torch import Tensor
+
+import ras
+import ras_kernels
+
+from .caches import cache_dit, cache_dit_settings, diffusers_settings
+from .setting import STEPS, Calibrate, Setting, as_it_is
+
+PUBLISHED_SCALE = 0.1  # what the published code uses, whatever its starvation_scale is set to
+
+
+def settings(pipe: DiffusionPipeline, calibrate: Calibrate) -> list[Setting]:
+    """The settings of all methods that can be had here.
+
+    Args:
+        pipe: What they are for.
+        calibrate: Makes a run of `STEPS` steps with prompts that are not among those to be
+            judged, for a method that has to learn something of the model first.
+    """
+    fewer = [
+        Setting("fewer steps", f"{steps} steps", steps, as_it_is)
+        for steps in (24, 20, 17, 14, 12, 10, 8, 7)
+    ]
+    regions = [
+        Setting(method, f"ratio {ratio:g}", STEPS, partial(switch, ratio=ratio))
+        for method, switch, ratios in (
+            ("RAS, published", published, (0.5, 0.25)),
+            ("RAS, paper", paper, (0.5, 0.25, 0.125)),
+        )
+        for ratio in ratios
+    ]
+    if not of_sd3(pipe):
+        return fewer + regions
+    return fewer + regions + diffusers_settings(calibrate) + cache_dit_settings()
+
+
+def left_out(pipe: DiffusionPipeline) -> list[str]:
+    """What `settings` cannot have here, in words."""
+    if not of_sd3(pipe):
+        return ["The caches of diffusers and cache-dit are set up for SD3 alone: left out"]
+    return [] if cache_dit() else ["cache-dit is not installed: left out"]
+
+
+def of_sd3(pipe: DiffusionPipeline) -> bool:
+    return isinstance(pipe.transformer, SD3Transformer2DModel)
+
+
+# --- RAS as it was ------------------------------------------------------------------------------
+
+
+@contextmanager
+def paper(pipe: DiffusionPipeline, ratio: float) -> Iterator[None]:
+    with ras.enabled(pipe, ras.RASConfig.paper(sample_ratio=ratio)):
+        yield
+
+
+@contextmanager
+def published(pipe: DiffusionPipeline, ratio: float) -> Iterator[None]:
+    """The paper's schedule with the selection of the published code."""
+    run: Any = None
+    drops: Tensor | None = None
+
+    def select(
+        scores: Tensor, ages: Tensor, num_active: int, *, high_ratio: float, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        nonlocal run, drops
+        if drops is None or run is not pipe.scheduler.timesteps:
+            run, drops = pipe.scheduler.timesteps, torch.zeros_like(ages)
+        active, drops = published_selection(scores, drops, num_active, high_ratio)
+        return active, ages
+
+    ours = ras_kernels.select_regions
+    with paper(pipe, ratio):
+        ras_kernels.select_regions = select
+        try:
+            yield
+        finally:
+            ras_kernels.select_regions = ours
+
+
+def published_selection(
+    scores: Tensor, drops: Tensor, num_active: int, high_ratio: float
+) -> tuple[Tensor, Tensor]:
+    """What the code of arXiv 2502.10389 does (https://github.com/microsoft/RAS).
+
+    A region that was dropped gets a higher score, and those of high scores are dropped again. The
+    published code rounds both shares of the dropped down, which may drop one less than here.
+
+    Args:
+        scores: `(B, N)`.
+        drops: `(B, N)` integers: how often a region was dropped since the run began. Nothing
+            resets them, neither being chosen nor a dense step.
+        num_active: Regions to choose per sample.
+        high_ratio: Share of the dropped regions that have the highest scores.
+
+    Returns:
+        The chosen regions `(B, num_active)` in ascending order, and the new drops `(B, N)`.
+    """
+    dropped = scores.shape[1] - num_active
+    low = dropped - int(high_ratio * dropped)
+    ranking = (scores * torch.exp(PUBLISHED_SCALE * drops)).argsort(dim=1, stable=True)
+    active = ranking[:, low : low + num_active].sort(dim=1).values
+    return active, (drops + 1).scatter(1, active, drops.gather(1, active))

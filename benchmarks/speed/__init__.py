@@ -1,0 +1,1 @@
+"""How long whole pipelines take, dense and with RAS."""

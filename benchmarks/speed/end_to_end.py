@@ -1,0 +1,213 @@
+"""Time a pipeline's whole denoising loop, dense and with RAS, in turn.
+
+    python -m benchmarks.speed.end_to_end
+    python -m benchmarks.speed.end_to_end --family lumina --layers 24 --image-tokens 4096 --guidance
+    python -m benchmarks.speed.end_to_end --layers 1 --image-tokens 64 --steps 8 --pairs 1
+
+The pipeline is diffusers' own around a transformer of random weights and of the shape that the
+options give; by default SD3-medium's or Lumina-Next-T2I's, cut to 4 layers. Dense means not
+enabled. A round is one dense run and one with each setting: the paper's schedule with each ratio,
+and the plan that `ras` makes by itself for each speed-up. Speed-ups are ratios within a round, of
+which the median is given, and an interval that holds it with at least 95 % confidence (order
+statistics of the binomial; the whole range if there are fewer than 6 rounds). The ceiling is
+`steps / (dense + sparse * (k + T) / (N + T))` for N image tokens, T text tokens that walk with them
+and k image tokens in a sparse step; skipped steps cost nothing. Peak memory is the most that
+PyTorch's tensors took up on the GPU in a run, weights included.
+
+`--compile` compiles each block of the transformer by itself, in runs that are not timed. A timed
+run that needs another compilation is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import ras
+from ras.cli.generate import clock
+from ras.cli.loading import DTYPES
+
+from ..tables import NOT_MEASURED, grid
+from .families import FAMILIES
+from .timing import machine, median_interval
+from .untrained import build, inputs
+
+WARM_UP_STEPS = 6  # enough for a sparse step
+TITLES = (
+    "setting | dense + sparse + skipped steps | speed-up (95 %) | ceiling | quotient | caches, MB"
+    " | peak memory, MB"
+)
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark on the command line `argv` (default: the process's own)."""
+    began = time.perf_counter()
+    options = parse(argv)
+    report: dict[str, Any] = {
+        **{name: value for name, value in vars(options).items() if name not in ("json", "out")},
+        **machine(options.device),
+        **measure(build(options), inputs(options), settings(options), options, began),
+    }
+    written = json.dumps(report, indent=1)
+    if options.out:
+        options.out.write_text(written, encoding="utf-8")
+    print(written if options.json else table(report))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.speed.end_to_end", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--family", choices=FAMILIES, default="sd3", help="gives what is left out below")
+    add("--layers", type=int, default=4)
+    add("--heads", type=int)
+    add("--head-dim", type=int)
+    add("--image-tokens", type=int, default=1024, help="a square number")
+    add("--text-tokens", type=int)
+    add("--batch", type=int, default=1, help="images of a run")
+    add("--guidance", action="store_true", help="doubles the transformer's batch")
+    add("--steps", type=int)
+    add("--resets", type=int, nargs="*")
+    add("--ratios", type=float, nargs="*", default=[0.5, 0.25, 0.125], help="the paper's schedule")
+    add("--speedups", type=float, nargs="*", default=[], help="plans that ras makes by itself")
+    add("--pairs", type=int, default=7, help="rounds of one dense run and one of each setting")
+    add("--seconds", type=float, help="after which no other round begins")
+    add("--compile", nargs="?", const="inductor", metavar="BACKEND")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", action="store_true", help="print JSON, not a table")
+    add("--out", type=Path, help="a file for the JSON")
+    options = parser.parse_args(argv)
+    if math.isqrt(options.image_tokens) ** 2 != options.image_tokens:
+        parser.error(f"--image-tokens must be a square number, got {options.image_tokens}")
+    family = FAMILIES[options.family]
+    for name in ("heads", "head_dim", "text_tokens", "steps", "resets"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(family, name))
+    return options
+
+
+def settings(options: argparse.Namespace) -> dict[str, ras.RASConfig]:
+    """What is timed beside the dense runs, by name."""
+    paper = {
+        f"{ratio:g}": ras.RASConfig.paper(sample_ratio=ratio, error_reset_steps=options.resets)
+        for ratio in options.ratios
+    }
+    return paper | {f"speedup={s:g}": ras.RASConfig(speedup=s) for s in options.speedups}
+
+
+class Run(NamedTuple):
+    """Seconds, and bytes of GPU memory where there is a GPU."""
+
+    seconds: float
+    peak: int | None
+
+
+def measure(
+    pipe: Any,
+    call: dict[str, Any],
+    configs: dict[str, ras.RASConfig],
+    options: argparse.Namespace,
+    began: float,
+) -> dict[str, Any]:
+    """The dense runs, and a row per setting. Runs go dense, first setting, second, …, dense, …"""
+    dense: list[Run] = []
+    enabled: dict[str, list[Run]] = {name: [] for name in configs}
+    rows: dict[str, Row] = {}
+    # Compiled code may be missed as late as in a whole run's last step.
+    steps = options.steps if options.compile else min(options.steps, WARM_UP_STEPS)
+    warm_up = {**call, "num_inference_steps": steps}
+    run(pipe, warm_up, options.device)
+    for config in configs.values():
+        with ras.enabled(pipe, config):
+            run(pipe, warm_up, options.device)
+    last = math.inf if options.seconds is None else began + options.seconds
+    with torch.compiler.set_stance("fail_on_recompile") if options.compile else nullcontext():
+        while not dense or (len(dense) < options.pairs and time.perf_counter() < last):
+            dense.append(run(pipe, call, options.device))
+            for name, config in configs.items():
+                with ras.enabled(pipe, config):
+                    enabled[name].append(run(pipe, call, options.device))
+                    rows[name] = describe(ras.stats(pipe))
+    for name, row in rows.items():
+        ratios = [plain.seconds / ours.seconds for plain, ours in zip(dense, enabled[name])]
+        row |= {
+            "setting": name,
+            "speedup": statistics.median(ratios),
+            "interval": median_interval(ratios),
+            **summary(enabled[name]),
+        }
+    return {"rounds": len(dense), "dense": summary(dense), "rows": list(rows.values())}
+
+
+def run(pipe: Any, call: dict[str, Any], device: str) -> Run:
+    gpu = torch.device(device).type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    start = clock(device)
+    pipe(**call)
+    return Run(clock(device) - start, torch.cuda.max_memory_allocated(device) if gpu else None)
+
+
+def describe(stats: ras.Stats) -> Row:
+    return {
+        "steps_dense": stats.steps_dense,
+        "steps_sparse": stats.steps_sparse,
+        "steps_skipped": stats.steps_skipped,
+        "ceiling": stats.speedup_ceiling,
+        "cache_bytes": stats.cache_bytes,
+    }
+
+
+def summary(runs: Sequence[Run]) -> Row:
+    return {
+        "seconds": statistics.median(one.seconds for one in runs),
+        "peak_bytes": max((one.peak for one in runs if one.peak is not None), default=None),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """What was run, and a row per setting."""
+    code = f"compiled by {report['compile']}" if report["compile"] else "eager"
+    guided = "with" if report["guidance"] else "without"
+    said = (
+        f"{report['device']}, torch {report['torch']}, {report['threads']} threads, "
+        f"{report['dtype']}, {code}; {FAMILIES[report['family']].title}, {report['layers']} layers "
+        f"of {report['heads']} heads of {report['head_dim']}, {report['image_tokens']} image and "
+        f"{report['text_tokens']} text tokens, batch {report['batch']} {guided} guidance, "
+        f"{report['steps']} steps, {report['rounds']} rounds. A dense run: "
+        f"{report['dense']['seconds']:.3f} s, peak memory {megabytes(report['dense'])}."
+    )
+    return f"{said}\n\n{grid(TITLES, map(entries, report['rows']))}"
+
+
+def entries(row: Row) -> list[str]:
+    low, high = row["interval"]
+    return [
+        row["setting"],
+        f"{row['steps_dense']} + {row['steps_sparse']} + {row['steps_skipped']}",
+        f"{row['speedup']:.3f} ({low:.3f} to {high:.3f})",
+        f"{row['ceiling']:.3f}",
+        f"{row['speedup'] / row['ceiling']:.3f}",
+        f"{row['cache_bytes'] / 1e6:.1f}",
+        megabytes(row),
+    ]
+
+
+def megabytes(row: Row) -> str:
+    return NOT_MEASURED if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
+
+
+if __name__ == "__main__":
+    main()

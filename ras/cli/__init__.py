@@ -1,0 +1,162 @@
+"""The command line: `ras generate` makes an image and compares, `ras info` describes the set-up."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import ras
+
+from ..config import DEFAULT_SPEEDUP
+from . import generate, info
+from .loading import DTYPES, quiet
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv` (default: the process's own) and return its exit status.
+
+    0 is success; with 2, one line on stderr says what was wrong. `--help` and `--version`
+    raise SystemExit(0), as argparse has it.
+    """
+    try:
+        options = _parser().parse_args(argv)
+        with quiet(transformers_logging):
+            options.command(options)
+    except (ValueError, TypeError, OSError, torch.cuda.OutOfMemoryError) as error:
+        print("ras: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+# --- what the user types --------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are exceptions, so that they end up as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ras", description="Region-adaptive sampling of diffusion transformers.")
+    parser.add_argument("--version", action="version", version=f"ras {ras.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    making = commands.add_parser(
+        "generate",
+        help="make an image, dense and with RAS, side by side",
+        description="Make an image twice, dense (every token computed in every step) and with "
+        "RAS, and write both beside a map of how often each region was computed.",
+    )
+    making.set_defaults(command=generate.main)
+    add = making.add_argument
+    add("prompt", type=_prompt, help="what the image shows")
+    add("--out", type=_out, default="out.png", metavar="FILE", help="default: %(default)s")
+    add("--no-compare", action="store_true", help="write the RAS image alone")
+    add("--model", type=_model, help="a pipeline's folder or hub id; default: the bundled model")
+    add("--device", type=_device, default=_default_device(), help="default: %(default)s")
+    add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
+    add("--seed", type=_number(int, 0, 2**64 - 1), default=0, help="default: %(default)s")
+    add("--steps", type=_number(int, 1), default=28, help="default: %(default)s")
+    add(
+        "--speedup",
+        type=float,
+        metavar="FACTOR",
+        help=f"tokens of a dense run per token computed; default: {DEFAULT_SPEEDUP:g}",
+    )
+    add("--plan", metavar="FILE", help="a plan that ras.calibrate has made, instead")
+    add(
+        "--sample-ratio",
+        type=float,
+        metavar="RATIO",
+        help="the paper's schedule instead, in which a sparse step computes that share",
+    )
+    add("--height", type=_number(int, 1), metavar="PIXELS", help="default: the model's")
+    add("--width", type=_number(int, 1), metavar="PIXELS", help="default: the model's")
+    add("--negative-prompt", metavar="TEXT", help="what the image does not show")
+    add("--guidance-scale", type=_number(float, 0), metavar="SCALE", help="default: the model's")
+    add("--json", action="store_true", help="print the figures as JSON")
+
+    describing = commands.add_parser("info", help="print what a bug report needs")
+    describing.set_defaults(command=info.main)
+    return parser
+
+
+def _number(
+    kind: type[int | float], low: float, high: float = sys.float_info.max
+) -> Callable[[str], float]:
+    """A converter of text into a finite number from `low` to `high`, both included."""
+    noun = "a whole number" if kind is int else "a number"
+    span = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {noun} {span}, got {text!r}")
+        return value
+
+    return convert
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def _out(text: str) -> Path:
+    """A file that can be written, of a type that Pillow writes."""
+    path = Path(text)
+    if path.suffix.lower() not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in one of {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return path
+
+
+def _model(text: str) -> str:
+    """A pipeline folder, or what looks like a hub id."""
+    path = Path(text)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise argparse.ArgumentTypeError(f"{text!r} is no pipeline: it has no model_index.json")
+    elif path.exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; name the pipeline's folder")
+    elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor a hub id (org/name)")
+    return text
+
+
+def _device(text: str) -> torch.device:
+    """A device that this machine has."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N") from None
+    present = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= present:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not available on this machine; use --device {_default_device()}"
+        )
+    return device
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

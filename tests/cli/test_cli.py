@@ -1,0 +1,354 @@
+"""The command line, run through `main` and once as a process."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from string import ascii_lowercase
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNet2DModel
+from PIL import Image
+from support import pipelines
+from transformers import CLIPTokenizer
+
+import ras
+import ras_kernels
+from ras import cli
+from ras.cli import pictures
+
+PROMPT = "a ring"  # short enough for the small model's tokenizers
+SIZE = (128, 96)  # width and height, so that exchanging them shows
+PLAN = ras.Plan((1, 1, 0.25, 0, 1, 0), (0, 0, 0.5, 0.5, 0, 1), "for six steps")
+RATIO = dict(sample_ratio=0.25)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small SD3 pipeline of random weights, saved as its users' pipelines are."""
+    words = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = [letter + end for letter in ascii_lowercase for end in ("", "</w>")]
+    ids = {"<|startoftext|>": 62, "<|endoftext|>": 63, **{v: i for i, v in enumerate(vocabulary)}}
+    (words / "vocab.json").write_text(json.dumps(ids))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=8)
+    parts = {**pipelines.text_encoders(), "tokenizer": tokenizer, "tokenizer_2": tokenizer}
+    path = tmp_path_factory.mktemp("model")
+    pipelines.sd3(vae=pipelines.autoencoder(), parts=parts).save_pretrained(path)
+    return path
+
+
+def generate(folder, out, *options):
+    """`ras generate` on the small model; for seconds' sake few steps, half of them skipped."""
+    size = ("--width", str(SIZE[0]), "--height", str(SIZE[1]))
+    given = ("--model", str(folder), "--out", str(out), "--steps", "6", *size, *options)
+    return cli.main(["generate", PROMPT, *given])
+
+
+def error_line(capsys):
+    """The one line that a refused command prints."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ras: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def pixels(image):
+    return np.asarray(image.convert("RGB"))
+
+
+def place(picture, panel):
+    """Where in the picture the panel is, as (x, y)."""
+    picture, panel = pixels(picture), pixels(panel)
+    height, width, _ = panel.shape
+    for y in range(picture.shape[0] - height + 1):
+        for x in range(picture.shape[1] - width + 1):
+            window = picture[y : y + height, x : x + width]
+            if (window[0] == panel[0]).all() and (window == panel).all():
+                return x, y
+    raise AssertionError("the panel is not in the picture")
+
+
+def by_hand(folder, settings=None, seed=0, steps=6, **call):
+    """What the interface gives for the same image: it and, with settings, the statistics."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipe = pipelines.quiet(pipe)
+    if settings is not None:
+        ras.enable(pipe, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    call = {"width": SIZE[0], "height": SIZE[1], **call}
+    image = pipe(PROMPT, num_inference_steps=steps, generator=generator, **call).images[0]
+    return image, None if settings is None else ras.stats(pipe)
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_compares(folder, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert generate(folder, out, "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    report = json.loads(captured.out)
+    dense, _ = by_hand(folder)
+    sparse, stats = by_hand(folder, {})
+
+    picture = Image.open(out)
+    counts = stats.region_counts[0].numpy()
+    panels = [dense, sparse, pictures.heat_map(counts, SIZE)]
+    (x0, y0), (x1, y1), (x2, y2) = (place(picture, panel) for panel in panels)
+    assert x0 + SIZE[0] < x1 and x1 + SIZE[0] < x2 and y0 == y1 == y2
+
+    assert report["speedup"] == report["seconds_dense"] / report["seconds_ras"]
+    assert report["psnr_db"] == pictures.psnr(dense, sparse) and report["identical"] is False
+    steps = ("steps_dense", "steps_sparse", "steps_skipped")
+    assert [report[name] for name in steps] == [getattr(stats, name) for name in steps]
+    assert report["steps_skipped"] > 0 and sum(report[name] for name in steps) == 6
+    assert report["speedup_ceiling"] == pytest.approx(2, rel=0.03)
+    assert report["runs"] == cli.generate.REPEATS
+    tokens = ("tokens_computed", "tokens_total", "text_tokens")
+    for name in (*tokens, "speedup_ceiling", "cache_bytes"):
+        assert report[name] == getattr(stats, name)
+    assert report["config"] == dataclasses.asdict(ras.RASConfig())
+    given = {"prompt": PROMPT, "negative_prompt": None, "seed": 0, "steps": 6, "warnings": []}
+    given |= {"width": SIZE[0], "height": SIZE[1], "device": "cpu", "dtype": "float32"}
+    given |= {"model": str(folder), "out": str(out)}
+    assert {name: report[name] for name in given} == given
+
+
+def test_writes_the_ras_image_alone(folder, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert generate(folder, out, "--no-compare", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    image, stats = by_hand(folder, {})
+    assert (pixels(Image.open(out)) == pixels(image)).all()
+    assert report["speedup_ceiling"] == stats.speedup_ceiling and report["runs"] == 1
+    assert {report[name] for name in ("seconds_dense", "speedup", "psnr_db", "identical")} == {None}
+
+
+@pytest.mark.filterwarnings("ignore::ras.RASWarning")  # of so few steps and tokens
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        (["--seed", "7"], {"seed": 7}),
+        (["--speedup", "1.5"], {"settings": dict(speedup=1.5)}),
+        (["--sample-ratio", "0.25"], {"settings": dict(sample_ratio=0.25)}),
+        (["--speedup", "2.5", "--sample-ratio", "0.25"], {"settings": dict(speedup=2.5, **RATIO)}),
+        (["--plan", "plan.json"], {"settings": dict(plan=PLAN)}),
+        (["--steps", "7"], {"steps": 7}),
+        (["--width", "64", "--height", "80"], {"width": 64, "height": 80}),
+        (["--guidance-scale", "2"], {"guidance_scale": 2.0}),
+        (["--negative-prompt", "blue"], {"negative_prompt": "blue"}),
+    ],
+)
+def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch, capsys, options, same):
+    monkeypatch.chdir(tmp_path)
+    PLAN.save("plan.json")
+    out = tmp_path / "out.png"
+    assert generate(folder, out, "--no-compare", "--json", *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    image, stats = by_hand(folder, **{"settings": {}, **same})
+    assert report["tokens_computed"] == stats.tokens_computed
+    assert report["warnings"] == list(stats.warnings)
+    assert image.size == Image.open(out).size
+    assert (pixels(Image.open(out)) == pixels(image)).all()
+
+
+def test_says_that_images_are_identical(folder, tmp_path, capsys):
+    assert generate(folder, tmp_path / "out.png", "--sample-ratio", "1", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["psnr_db"] is None and report["identical"] is True
+    assert report["speedup_ceiling"] == 1
+
+
+def test_prints_a_summary(folder, tmp_path, capsys):
+    out = tmp_path / "out.jpg"
+    assert generate(folder, out) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["dense", "RAS", "speed-up", "difference", "timed", "written"]
+    assert Image.open(out).format == "JPEG"
+
+
+def test_long_runs_are_timed_once(folder, tmp_path, capsys, monkeypatch):
+    clock = iter(range(0, 1000, 12))
+    monkeypatch.setattr(cli.generate, "clock", lambda device: float(next(clock)))
+    assert generate(folder, tmp_path / "out.png", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["runs"] == 1
+    assert report["seconds_dense"] == report["seconds_ras"] == 12 and report["speedup"] == 1
+
+
+def test_bars_name_the_run(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert generate(folder, tmp_path / "out.png", "--json") == 0
+    captured = capsys.readouterr()
+    assert "dense:" in captured.err and "RAS:" in captured.err
+    json.loads(captured.out)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--steps", "2", "--sample-ratio", "0.5"], "2 steps"),
+        (["--speedup", "50"], "speed-up of 50"),
+        (["--steps", "8", "--plan", "plan.json"], "one of 6 steps"),
+    ],
+)
+def test_warns_once(folder, tmp_path, capsys, recwarn, monkeypatch, options, named):
+    """Where no step can be sparse, the speed-up cannot be met, or the plan is another run's."""
+    monkeypatch.chdir(tmp_path)
+    PLAN.save("plan.json")
+    assert generate(folder, tmp_path / "out.png", "--json", *options) == 0
+    captured = capsys.readouterr()
+    (warning,) = json.loads(captured.out)["warnings"]
+    assert named in warning
+    assert captured.err == f"ras: warning: {warning}\n"
+    assert not [each for each in recwarn if each.category is ras.RASWarning]
+
+
+def test_bundled_model(tmp_path, capsys):
+    out = tmp_path / "out.png"
+    prompt = "a striped red ring, top left, on a blue background"
+    assert cli.main(["generate", prompt, "--out", str(out), "--steps", "6", "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert captured.err == ""
+    assert report["model"] == "bundled" and (report["width"], report["height"]) == (256, 256)
+    assert Image.open(out).width > 3 * 256
+
+
+def test_runs_as_a_process(folder, tmp_path):
+    path = os.pathsep.join([str(Path(ras.__file__).parents[1]), *sys.path])
+
+    def python(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments],
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    command = ["-m", "ras", "generate", PROMPT, "--model", str(folder)]
+    done = python(*command, "--out", "out.png", "--steps", "6", "--json")
+    assert done.returncode == 0, done.stderr
+    # Where torchao is installed, diffusers has things to say when it is imported.
+    said = [len(run.stderr.splitlines()) for run in (done, python("-c", "import ras.cli"))]
+    assert said[0] == said[1], done.stderr
+    assert json.loads(done.stdout)["out"] == "out.png"
+    assert (tmp_path / "out.png").exists()
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "."], "model_index.json"),
+        (["--model", "letter.txt"], "letter.txt"),
+        (["--model", "org/name/more"], "org/name/more"),
+        (["--out", "out.gif"], ".png"),
+        (["--out", "nowhere/out.png"], "nowhere"),
+        (["--out", "folder.png"], "folder.png"),
+        (["--device", "toaster"], "toaster"),
+        (["--device", "cuda:99"], "cuda:99 is not available on this machine"),
+        (["--dtype", "int8"], "int8"),
+        (["--steps", "0"], "at least 1, got '0'"),
+        (["--steps", "many"], "many"),
+        (["--seed", "-1"], "-1"),
+        (["--seed", str(2**64)], str(2**64)),
+        (["--sample-ratio", "1.5"], "1.5"),
+        (["--sample-ratio", "nan"], "nan"),
+        (["--speedup", "0.5"], "at least 1, got 0.5"),
+        (["--speedup", "nan"], "nan"),
+        (["--speedup", "inf"], "inf"),
+        (["--speedup", "fast"], "fast"),
+        (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--plan", "folder.png"], "folder.png"),
+        (["--plan", "letter.txt"], "letter.txt is no plan"),
+        (["--plan", "wrong.json"], "wrong.json is no plan: shares must be from 0 to 1, got 2"),
+        (["--plan", "plan.json", "--speedup", "2"], "leave out speedup"),
+        (["--plan", "plan.json", "--sample-ratio", "0.5"], "leave out speedup"),
+        (["--guidance-scale", "inf"], "inf"),
+        (["--height", "-8"], "-8"),
+        (["--unheard-of"], "--unheard-of"),
+    ],
+)
+def test_refuses_a_wrong_option(options, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("letter.txt").touch()
+    Path("folder.png").mkdir()
+    Path("wrong.json").write_text('{"ras_plan": 1, "shares": [1, 2]}')
+    PLAN.save("plan.json")
+    monkeypatch.setattr(cli.generate, "load", lambda options: pytest.fail("loaded a model"))
+    assert cli.main(["generate", PROMPT, *options]) == 2
+    assert named in error_line(capsys)
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", " "]])
+def test_refuses_a_wrong_command(arguments, capsys):
+    assert cli.main(arguments) == 2
+    error_line(capsys)
+
+
+def test_refuses_a_size_that_the_model_cannot_make(folder, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert generate(folder, out, "--height", "100") == 2
+    assert "100" in error_line(capsys)
+    assert not out.exists()
+
+
+def test_refuses_pickled_weights(folder, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(safetensors.torch.load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert generate(copy, tmp_path / "out.png") == 2
+    assert "safetensors" in error_line(capsys)
+
+
+def test_refuses_another_kind_of_pipeline(tmp_path, capsys):
+    unet = UNet2DModel(
+        8,
+        3,
+        3,
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        layers_per_block=1,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert generate(tmp_path / "model", tmp_path / "out.png") == 2
+    assert "DDPMPipeline" in error_line(capsys)
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["ras"] == ras.__version__ and lines["torch"] == torch.__version__
+    assert lines["cpu"].endswith(f"kernels: {ras_kernels.backend(torch.device('cpu'))}")
+    assert str(ras.bundled_model()) in lines["bundled"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"ras {ras.__version__}\n"
