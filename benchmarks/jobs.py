@@ -170,25 +170,6 @@ def scatter_tokens_(s: Shape, device: str) -> Job:
     )
 
 
-def merge_noise_(s: Shape, device: str) -> Job:
-    """New noise into the last noise of all tokens, and a copy of that."""
-    columns = s.channels * PATCH**2
-    cached, index = normal(device, s.batch, s.tokens, columns), active_index(s, device)
-    fresh, at = normal(device, s.batch, s.active, columns), flat_index(index, s.tokens)
-
-    def index_copy() -> Tensor:
-        cached.flatten(0, 1).index_copy_(0, at, fresh.flatten(0, 1))
-        return cached.clone()
-
-    return Job(
-        [fresh, fresh, cached, cached, index],
-        Way(lambda: ras_kernels.merge_noise_(cached, index, fresh)),
-        {"index_copy_, clone": Way(index_copy)},
-        written=[cached],
-        tolerance=0,
-    )
-
-
 def update_tokens_(s: Shape, device: str) -> Job:
     """New keys into a cache, and how much they changed into another."""
     tokens, changes = (normal(device, s.batch, s.tokens, s.groups, s.size) for _ in range(2))
@@ -379,36 +360,32 @@ def sparse_attention(s: Shape, device: str) -> Job:
 
 def region_scores(s: Shape, device: str) -> Job:
     """The scores of guided noise, of which there is one for each pair of the batch."""
-    side = s.side // 8
-    noise = normal(device, s.batch // 2, s.channels, side, side)
+    noise = normal(device, s.batch // 2, s.tokens, PATCH**2 * s.channels)
 
-    def pooled() -> Tensor:
-        spread = noise.float().std(1, correction=0)
-        return F.avg_pool2d(spread[:, None], PATCH).flatten(1)
+    def plain() -> Tensor:
+        return noise.float().unflatten(2, (PATCH**2, -1)).std(3, correction=0).mean(2)
 
-    scores = noise[:, 0, ::PATCH, ::PATCH].flatten(1).float()
     return Job(
-        [noise, scores],
-        Way(lambda: ras_kernels.region_scores(noise, PATCH)),
-        {"std, avg_pool2d": Way(pooled)},
+        [noise, noise[:, :, 0].float()],
+        Way(lambda: ras_kernels.region_scores(noise, PATCH**2)),
+        {"std, mean": Way(plain)},
     )
 
 
 def update_drift_(s: Shape, device: str) -> Job:
     """The drift of the regions that were computed, on guided noise."""
-    side, (samples, tokens) = s.side // 8, (s.batch // 2, s.tokens)
-    noise, last = (normal(device, samples, s.channels, side, side) for _ in range(2))
-    pace, since = (torch.zeros(samples, tokens, device=device) for _ in range(2))
-    index = active_index(s, device)[:samples]
-    values = noise.flatten()[: samples * s.active * s.channels * PATCH**2]
+    samples = s.batch // 2
+    noise, last = (normal(device, samples, s.tokens, PATCH**2 * s.channels) for _ in range(2))
+    pace, since = (torch.zeros(samples, s.tokens, device=device) for _ in range(2))
+    index, values = active_index(s, device)[:samples], noise[:, : s.active]
     written = last, pace, since
 
     def ours() -> Sequence[Tensor]:
-        ras_kernels.update_drift_(*written, index, noise, position=0.5, patch_size=PATCH)
+        ras_kernels.update_drift_(*written, index, noise, position=0.5)
         return written
 
     def definition() -> Sequence[Tensor]:
-        reference.update_drift_(*written, index, noise, 0.5, PATCH)
+        reference.update_drift_(*written, index, noise, 0.5)
         return written
 
     columns = pace[:, : s.active]
@@ -486,7 +463,6 @@ JOBS: dict[str, Callable[[Shape, str], Job]] = {
     for job in (
         gather_tokens,
         scatter_tokens_,
-        merge_noise_,
         update_tokens_,
         carry_tokens,
         linear_scatter_,
