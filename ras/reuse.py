@@ -100,7 +100,7 @@ class HeldNoise:
         if rows is None:
             self.noise.copy_(fresh)
             return fresh
-        return ras_kernels.merge_noise_(self.noise, rows, fresh)
+        return ras_kernels.scatter_tokens_(self.noise, rows, fresh).clone()
 
     def predict(self, gain: Tensor | None) -> Tensor:
         """The noise of all tokens, `(B, N, C)`, carried on by `gain`, or as it is (None)."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import ras_kernels
@@ -30,7 +31,7 @@ class Selection:
     def __init__(self, config: RASConfig, patch_size: int) -> None:
         self._config, self._patch = config, patch_size
         self._ages: Tensor | None = None  # (S, N) steps that each region has waited
-        # Drift: the guided noise of each region when it was last computed, `(S, C, height, width)`,
+        # Drift: the guided noise of each region when it was last computed, `(S, N, C)`,
         # its rms change per unit of position, and that position, both (S, N) float32.
         self._noise: Tensor | None = None
         self._pace: Tensor | None = None
@@ -48,26 +49,17 @@ class Selection:
             if rows is None:
                 self._ages = None
             return
-        place = position(sigma)
+        noise, place = self._packed(noise), position(sigma)
         if self._noise is None or self._noise.shape != noise.shape:
             if rows is not None:
                 return
-            regions = len(noise), noise[0, 0].numel() // self._patch**2
             self._noise = normal_empty(noise.shape, noise.dtype, noise.device).copy_(noise)
-            self._pace = normal_empty(regions, torch.float32, noise.device).fill_(0)
-            self._since = normal_empty(regions, torch.float32, noise.device).fill_(place)
+            self._pace = normal_empty(noise.shape[:2], torch.float32, noise.device).fill_(0)
+            self._since = normal_empty(noise.shape[:2], torch.float32, noise.device).fill_(place)
             return
         assert self._pace is not None and self._since is not None
         noise = noise.to(self._noise.dtype)  # loops by hand may mix them
-        ras_kernels.update_drift_(
-            self._noise,
-            self._pace,
-            self._since,
-            rows,
-            noise,
-            position=place,
-            patch_size=self._patch,
-        )
+        ras_kernels.update_drift_(self._noise, self._pace, self._since, rows, noise, position=place)
 
     def choose(
         self, noise: Tensor, count: int, sigma: float, masked: Tensor | None = None
@@ -97,7 +89,7 @@ class Selection:
             return ras_kernels.select_regions(
                 scores, ages, count, high_ratio=0, starvation_scale=0
             )[0]
-        scores = ras_kernels.region_scores(noise, self._patch, self._config.metric)
+        scores = ras_kernels.region_scores(self._packed(noise), self._patch**2, self._config.metric)
         if self._ages is None or self._ages.shape != scores.shape:
             self._ages = torch.zeros_like(scores, dtype=torch.int32)
         active, self._ages = ras_kernels.select_regions(
@@ -108,6 +100,11 @@ class Selection:
             starvation_scale=self._config.starvation_scale,
         )
         return active
+
+    def _packed(self, noise: Tensor) -> Tensor:
+        """`(S, C, height, width)` as tokens, `(S, N, p * p * C)`."""
+        p = self._patch
+        return rearrange(noise, "s c (h p) (w q) -> s (h w) (p q c)", p=p, q=p)
 
     @property
     def tensors(self) -> list[Tensor]:
