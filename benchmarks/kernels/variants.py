@@ -1,8 +1,8 @@
 """The launches of Triton kernels that `ras_kernels` can choose, noted instead of made.
 
 They are found by calling the launchers themselves on CPU tensors, so that the rules of tiles,
-vectors and flags are those that a GPU would see. `tests/test_compiled.py` holds this list to be
-complete: each kernel occurs, each flag on and off, each dtype.
+vectors and flags are those that a GPU would see. `tests/kernels/test_compiled.py` holds this list
+to be complete: each kernel occurs, each flag on and off, each dtype.
 """
 
 from __future__ import annotations
