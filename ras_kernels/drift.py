@@ -11,6 +11,8 @@ from ._library import register
 from ._triton import cdiv, jit, tl
 from .regions import BLOCK
 
+PART = 16  # columns that are summed up by themselves
+
 
 def update_drift_(
     last: Tensor,
@@ -103,6 +105,7 @@ def _update_drift_kernel(
     least_gap,
     ALL: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -114,13 +117,16 @@ def _update_drift_kernel(
     old = last + b * last_b + n * last_n
     new = noise + b * noise_b + n * noise_n
     squares = tl.zeros([BLOCK], tl.float32)
-    for c in range(COLUMNS):
-        column = tl.cast(c, tl.int64)
-        value = tl.load(new + column * noise_c, mask=inside, other=0.0)
-        before = tl.load(old + column * last_c, mask=inside, other=0.0)
-        change = value.to(tl.float32) - before.to(tl.float32)
-        squares += change * change
-        tl.store(old + column * last_c, value, mask=inside)
+    for first in range(0, COLUMNS, PART):
+        part = tl.zeros([BLOCK], tl.float32)  # sums of sums, which are rounded less
+        for c in range(first, tl.minimum(first + PART, COLUMNS)):
+            column = tl.cast(c, tl.int64)
+            value = tl.load(new + column * noise_c, mask=inside, other=0.0)
+            before = tl.load(old + column * last_c, mask=inside, other=0.0)
+            change = value.to(tl.float32) - before.to(tl.float32)
+            part += change * change
+            tl.store(old + column * last_c, value, mask=inside)
+        squares += part
     known = since + b * since_b + n * since_n
     gap = tl.abs(position - tl.load(known, mask=inside, other=0.0))
     change = tl.sqrt(squares / COLUMNS)
@@ -167,6 +173,7 @@ def _launch_update(
         reference.LEAST_GAP,
         ALL=index is None,
         COLUMNS=columns,
+        PART=PART,
         BLOCK=BLOCK,
         num_warps=1,
     )
