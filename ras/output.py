@@ -107,8 +107,7 @@ class HeldTokens:
         if rows is None:
             self.noise.copy_(fresh)
             return fresh
-        ras_kernels.scatter_tokens_(self.noise, rows, fresh)
-        return self.noise.clone()
+        return ras_kernels.scatter_tokens_(self.noise, rows, fresh).clone()
 
     def predict(self, gain: Tensor | None) -> Tensor:
         """The noise of all tokens, `(B, N, C)`, carried on by `gain`, or as it is (None)."""

@@ -17,7 +17,7 @@ from .drift import drift_scores, update_drift_
 from .linear import linear_scatter_
 from .norm import NORMS, norm_rotary, norm_rotary_scatter_
 from .regions import METRICS, region_scores, select_regions
-from .rows import gather_tokens, merge_noise_, scatter_tokens_
+from .rows import gather_tokens, scatter_tokens_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "drift_scores",
     "gather_tokens",
     "linear_scatter_",
-    "merge_noise_",
     "norm_rotary",
     "norm_rotary_scatter_",
     "region_scores",

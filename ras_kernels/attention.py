@@ -245,7 +245,7 @@ def chunks(head_size: int) -> tuple[int, int]:
 def tile(head_size: int, element_size: int, architecture: int) -> Tile:
     """The rule of tiles: within 99 KB of shared memory, and no more registers than there are.
 
-    `python -m benchmarks.compiled` tells what they take up on each chip.
+    `python -m benchmarks.kernels.compiled` tells what they take up on each chip.
     """
     width = sum(chunks(head_size))
     if element_size > 2:

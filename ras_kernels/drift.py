@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_index, check_same, check_written, shapes
+from ._checks import check_floats, check_index, check_same, check_written, shapes
 from ._library import register
 from ._triton import cdiv, jit, tl
-from .regions import BLOCK, check_patches, patches
+from .regions import BLOCK
+
+PART = 16  # columns that are summed up by themselves
 
 
 def update_drift_(
@@ -20,7 +22,6 @@ def update_drift_(
     noise: Tensor,
     *,
     position: float,
-    patch_size: int,
 ) -> None:
     """Note new noise of some regions, and how fast it was changing.
 
@@ -35,22 +36,23 @@ def update_drift_(
         since: `(B, N)` float32, the positions at which regions were last computed; written in
             place.
         index: `(B, K)` or `(1, K)`, each region once per sample; None for all.
-        noise: `(B, C, height, width)` or packed, see `region_scores`.
+        noise: `(B, N, C)`, a token for each region.
         position: Where the noise was predicted, in any unit of time.
-        patch_size: Pixels per side of a region.
     """
-    check_patches(noise, patch_size)
+    if noise.ndim != 3:
+        raise ValueError(f"noise must be (B, N, C); got {shapes(noise)}")
+    check_floats(noise=noise)
     if last.shape != noise.shape:
         raise ValueError(f"last must be {tuple(noise.shape)} as noise; got {shapes(last)}")
     check_same(noise=noise, last=last)
-    _check_columns(patches(noise, patch_size)[:2], pace=pace, since=since)
+    _check_columns(noise.shape[:2], pace=pace, since=since)
     if pace.device != noise.device:
         raise ValueError(f"pace is on {pace.device}, noise on {noise.device}")
     if index is not None:
         check_index(index, pace, "pace")
     for name, tensor in (("last", last), ("pace", pace), ("since", since)):
         check_written(tensor, name)
-    _update(last, pace, since, index, noise, position, patch_size)
+    _update(last, pace, since, index, noise, position)
 
 
 def drift_scores(pace: Tensor, since: Tensor, *, position: float) -> Tensor:
@@ -87,16 +89,10 @@ def _update_drift_kernel(
     index,
     noise,
     last_b,
-    last_region_y,
-    last_region_x,
-    last_pixel_y,
-    last_pixel_x,
+    last_n,
     last_c,
     noise_b,
-    noise_region_y,
-    noise_region_x,
-    noise_pixel_y,
-    noise_pixel_x,
+    noise_n,
     noise_c,
     pace_b,
     pace_n,
@@ -105,12 +101,11 @@ def _update_drift_kernel(
     index_b,
     index_k,
     num_rows,
-    regions_per_row,
     position,
     least_gap,
     ALL: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -119,24 +114,22 @@ def _update_drift_kernel(
     n = k.to(tl.int64)
     if not ALL:
         n = tl.load(index + b * index_b + n * index_k, mask=inside, other=0).to(tl.int64)
-    y, x = n // regions_per_row, n % regions_per_row
-    old_corner = last + b * last_b + y * last_region_y + x * last_region_x
-    new_corner = noise + b * noise_b + y * noise_region_y + x * noise_region_x
+    old = last + b * last_b + n * last_n
+    new = noise + b * noise_b + n * noise_n
     squares = tl.zeros([BLOCK], tl.float32)
-    for pixel in tl.static_range(PATCH * PATCH):
-        down, right = tl.cast(pixel // PATCH, tl.int64), tl.cast(pixel % PATCH, tl.int64)
-        old = old_corner + down * last_pixel_y + right * last_pixel_x
-        new = new_corner + down * noise_pixel_y + right * noise_pixel_x
-        for c in range(CHANNELS):
-            channel = tl.cast(c, tl.int64)
-            value = tl.load(new + channel * noise_c, mask=inside, other=0.0)
-            before = tl.load(old + channel * last_c, mask=inside, other=0.0)
+    for first in range(0, COLUMNS, PART):
+        part = tl.zeros([BLOCK], tl.float32)  # sums of sums, which are rounded less
+        for c in range(first, tl.minimum(first + PART, COLUMNS)):
+            column = tl.cast(c, tl.int64)
+            value = tl.load(new + column * noise_c, mask=inside, other=0.0)
+            before = tl.load(old + column * last_c, mask=inside, other=0.0)
             change = value.to(tl.float32) - before.to(tl.float32)
-            squares += change * change
-            tl.store(old + channel * last_c, value, mask=inside)
+            part += change * change
+            tl.store(old + column * last_c, value, mask=inside)
+        squares += part
     known = since + b * since_b + n * since_n
     gap = tl.abs(position - tl.load(known, mask=inside, other=0.0))
-    change = tl.sqrt(squares / (PATCH * PATCH * CHANNELS))
+    change = tl.sqrt(squares / COLUMNS)
     tl.store(pace + b * pace_b + n * pace_n, change / tl.maximum(gap, least_gap), mask=inside)
     tl.store(known, tl.zeros([BLOCK], tl.float32) + position, mask=inside)
 
@@ -154,40 +147,33 @@ def _drift_scores_kernel(
 
 
 def _launch_update(
-    last: Tensor,
-    pace: Tensor,
-    since: Tensor,
-    index: Tensor | None,
-    noise: Tensor,
-    position: float,
-    patch_size: int,
+    last: Tensor, pace: Tensor, since: Tensor, index: Tensor | None, noise: Tensor, position: float
 ) -> None:
     if noise.dtype == torch.float64:
-        reference.update_drift_(last, pace, since, index, noise, position, patch_size)
+        reference.update_drift_(last, pace, since, index, noise, position)
         return
-    how = patches(noise, patch_size)
-    count = how.regions if index is None else index.shape[1]
-    if not how.batch * count:
+    batch, regions, columns = noise.shape
+    count = regions if index is None else index.shape[1]
+    if not batch * count:
         return
-    _update_drift_kernel[how.batch, cdiv(count, BLOCK)](
+    _update_drift_kernel[batch, cdiv(count, BLOCK)](
         last,
         pace,
         since,
         pace if index is None else index,
         noise,
-        *patches(last, patch_size).strides,
-        *how.strides,
+        *last.stride(),
+        *noise.stride(),
         *pace.stride(),
         *since.stride(),
         0 if index is None or len(index) == 1 else index.stride(0),
         0 if index is None else index.stride(1),
         count,
-        how.per_row,
         position,
         reference.LEAST_GAP,
         ALL=index is None,
-        CHANNELS=how.channels,
-        PATCH=patch_size,
+        COLUMNS=columns,
+        PART=PART,
         BLOCK=BLOCK,
         num_warps=1,
     )
@@ -210,7 +196,7 @@ def _fake_scores(pace: Tensor, since: Tensor, position: float) -> Tensor:
 
 _update = register(
     "update_drift_(Tensor(a!) last, Tensor(b!) pace, Tensor(c!) since, Tensor? index, "
-    "Tensor noise, float position, int patch_size) -> ()",
+    "Tensor noise, float position) -> ()",
     reference=reference.update_drift_,
     launch=_launch_update,
 )

@@ -6,8 +6,10 @@ Arguments have been checked by the public functions of `ras_kernels`.
 
 from __future__ import annotations
 
+import math
+
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -138,41 +140,31 @@ def _put(tokens: Tensor, changes: Tensor | None, index: Tensor, rows: Tensor) ->
         update_tokens_(tokens, changes, index, rows)
 
 
-def region_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
-    packed, p = noise.ndim == 3, patch_size
+def region_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:
     noise = noise if noise.dtype == torch.float64 else noise.float()
-    noise = rearrange(noise, "b n (q c) -> b c n q", q=p**2) if packed else noise
+    # Channels first, and of a square the pixels row by row: on a CPU sums are then rounded as
+    # those over an image's patches are.
+    row = math.gcd(pixels, math.isqrt(pixels))
+    noise = rearrange(noise, "b n (p q c) -> b c p n q", p=pixels // row, q=row).contiguous()
     if metric == "std":
         spread = noise.std(dim=1, correction=0)
     else:
         spread = torch.linalg.vector_norm(noise, dim=1)
-    regions = "b n q -> b n" if packed else "b (h p) (w q) -> b (h w)"
-    return reduce(spread, regions, "mean", **({} if packed else {"p": p, "q": p})).float()
+    return spread.mean(dim=(1, 3)).float()
 
 
 def update_drift_(
-    last: Tensor,
-    pace: Tensor,
-    since: Tensor,
-    index: Tensor | None,
-    noise: Tensor,
-    position: float,
-    patch_size: int,
+    last: Tensor, pace: Tensor, since: Tensor, index: Tensor | None, noise: Tensor, position: float
 ) -> None:
+    if index is None:
+        index = torch.arange(noise.shape[1], device=noise.device)[None]
     wide = torch.float64 if noise.dtype == torch.float64 else torch.float32
-    change = (_regions(noise.to(wide), patch_size) - _regions(last.to(wide), patch_size)).square()
-    moved = change.mean(dim=2).sqrt() / (position - since).abs().clamp_min(LEAST_GAP)
-    now = torch.ones_like(pace, dtype=torch.bool)
-    if index is not None:
-        now = torch.zeros_like(now).scatter(1, index.long().expand(len(now), -1), True)
-    pace.copy_(torch.where(now, moved, pace))
-    since.masked_fill_(now, position)
-    if noise.ndim == 4:
-        height, p = noise.shape[2] // patch_size, patch_size
-        within = repeat(now, "b (h w) -> b 1 (h p) (w q)", h=height, p=p, q=p)
-    else:
-        within = now[..., None]
-    last.copy_(torch.where(within, noise, last))
+    new, old, then = (gather_tokens(kept, index) for kept in (noise, last, since))
+    change = (new.to(wide) - old.to(wide)).square().mean(dim=2).sqrt()
+    moved = change / (position - then).abs().clamp_min(LEAST_GAP)
+    scatter_tokens_(pace, index, moved.to(pace.dtype))
+    scatter_tokens_(since, index, torch.full_like(then, position))
+    scatter_tokens_(last, index, new)
 
 
 def drift_scores(pace: Tensor, since: Tensor, position: float) -> Tensor:
@@ -204,11 +196,3 @@ def select_regions(
 def _samples(tokens: Tensor) -> Tensor:
     """(B, 1): each sample's rows are its own."""
     return torch.arange(len(tokens), device=tokens.device)[:, None]
-
-
-def _regions(noise: Tensor, patch_size: int) -> Tensor:
-    """The values of each region, `(B, N, p * p * C)`."""
-    if noise.ndim == 3:
-        return noise
-    p = patch_size
-    return rearrange(noise, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,23 +19,28 @@ BLOCK = 32  # regions of a program
 OTHERS = 128  # regions that it compares with at a time
 
 
-def region_scores(noise: Tensor, patch_size: int, metric: str = "std") -> Tensor:
+def region_scores(noise: Tensor, pixels: int, metric: str = "std") -> Tensor:
     """Score each region: the mean over its pixels of the noise's spread over the channels.
 
     Args:
-        noise: Guided noise, `(B, C, height, width)`, where a region is a patch, row by row, or
-            packed, `(B, N, p * p * C)`, a region's pixels row by row with their channels together.
-        patch_size: Pixels per side of a region, p; divides height and width.
+        noise: Guided noise, `(B, N, pixels * C)`: a region is a token, whose pixels come one after
+            the other, each with its channels together.
+        pixels: Of a token: `p**2` of an image's patch, `p_t * p_h * p_w` of a video's.
         metric: `"std"`, the (population) standard deviation, or `"l2norm"`, the L2 norm.
 
     Returns:
-        `(B, N)` float32 with `N = height / p * width / p`. The source is arXiv 2502.10389,
-        section 3; a constant factor has no effect on a selection.
+        `(B, N)` float32. The source is arXiv 2502.10389, section 3; a constant factor has no
+        effect on a selection.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
-    check_patches(noise, patch_size)
-    return _scores(noise, patch_size, metric)
+    if noise.ndim != 3 or pixels < 1 or noise.shape[2] % pixels:
+        raise ValueError(
+            f"noise must be (B, N, pixels * C), and pixels at least 1; got {shapes(noise)} and "
+            f"{pixels} pixels"
+        )
+    check_floats(noise=noise)
+    return _scores(noise, pixels, metric)
 
 
 def select_regions(
@@ -85,53 +89,6 @@ def select_regions(
     return _select(scores, ages, num_active, high_ratio, starvation_scale)
 
 
-def check_patches(noise: Tensor, patch_size: int) -> None:
-    """Noise as `region_scores` takes it."""
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1; got {patch_size}")
-    area = patch_size**2
-    sides = noise.shape[2:] if noise.ndim == 4 else ()
-    if noise.ndim not in (3, 4) or any(side % patch_size for side in sides):
-        raise ValueError(
-            f"noise must be (B, C, height, width) with sides that the patch size {patch_size} "
-            f"divides, or packed, (B, N, {area} * C); got {shapes(noise)}"
-        )
-    if noise.ndim == 3 and noise.shape[2] % area:
-        raise ValueError(
-            f"packed noise must be (B, N, {area} * C) for patch size {patch_size}; got "
-            f"{shapes(noise)}"
-        )
-    check_floats(noise=noise)
-
-
-class Patches(NamedTuple):
-    """How regions lie in noise of either form: counts, and strides in elements."""
-
-    batch: int
-    regions: int
-    per_row: int
-    channels: int
-    strides: tuple[int, int, int, int, int, int]
-    """From a sample, a row of regions, a region, a row of pixels, a pixel and a channel to the
-    next."""
-
-
-def patches(noise: Tensor, patch_size: int) -> Patches:
-    if noise.ndim == 4:
-        batch, channels, height, width = noise.shape
-        b, c, y, x = noise.stride()
-        per_row = width // patch_size
-        regions = height // patch_size * per_row
-        return Patches(
-            batch, regions, per_row, channels, (b, patch_size * y, patch_size * x, y, x, c)
-        )
-    batch, regions, columns = noise.shape
-    b, n, c = noise.stride()
-    channels = columns // patch_size**2
-    pixel = channels * c
-    return Patches(batch, regions, regions, channels, (b, 0, n, patch_size * pixel, pixel, c))
-
-
 # --- scores ---------------------------------------------------------------------------------------
 
 
@@ -140,27 +97,21 @@ def _scores_kernel(
     noise,
     scores,
     noise_b,
-    region_y,
-    region_x,
-    pixel_y,
-    pixel_x,
+    noise_n,
     noise_c,
     regions,
-    regions_per_row,
     CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
+    PIXELS: tl.constexpr,
     STD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < regions
-    y, x = (n // regions_per_row).to(tl.int64), (n % regions_per_row).to(tl.int64)
-    corner = noise + b * noise_b + y * region_y + x * region_x
+    region = noise + b * noise_b + n.to(tl.int64) * noise_n
     score = tl.zeros([BLOCK], tl.float32)
-    for pixel in tl.static_range(PATCH * PATCH):
-        here = corner + tl.cast(pixel // PATCH, tl.int64) * pixel_y
-        here += tl.cast(pixel % PATCH, tl.int64) * pixel_x
+    for pixel in tl.static_range(PIXELS):
+        here = region + tl.cast(pixel * CHANNELS, tl.int64) * noise_c
         mean = tl.zeros([BLOCK], tl.float32)
         if STD:
             for c in range(CHANNELS):
@@ -178,23 +129,22 @@ def _scores_kernel(
             )
             squares += value * value
         score += tl.sqrt(squares / CHANNELS) if STD else tl.sqrt(squares)
-    tl.store(scores + b * regions + n, score / (PATCH * PATCH), mask=inside)
+    tl.store(scores + b * regions + n, score / PIXELS, mask=inside)
 
 
-def _launch_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
+def _launch_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:
     if noise.dtype == torch.float64:
-        return reference.region_scores(noise, patch_size, metric)
-    how = patches(noise, patch_size)
-    scores = noise.new_empty(how.batch, how.regions, dtype=torch.float32)
+        return reference.region_scores(noise, pixels, metric)
+    scores = _fake_scores(noise, pixels, metric)
     if scores.numel():
-        _scores_kernel[how.batch, cdiv(how.regions, BLOCK)](
+        batch, regions, columns = noise.shape
+        _scores_kernel[batch, cdiv(regions, BLOCK)](
             noise,
             scores,
-            *how.strides,
-            how.regions,
-            how.per_row,
-            CHANNELS=how.channels,
-            PATCH=patch_size,
+            *noise.stride(),
+            regions,
+            CHANNELS=columns // pixels,
+            PIXELS=pixels,
             STD=metric == "std",
             BLOCK=BLOCK,
             num_warps=4,
@@ -202,9 +152,8 @@ def _launch_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
     return scores
 
 
-def _fake_scores(noise: Tensor, patch_size: int, metric: str) -> Tensor:
-    how = patches(noise, patch_size)
-    return noise.new_empty(how.batch, how.regions, dtype=torch.float32)
+def _fake_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:
+    return noise.new_empty(noise.shape[:2], dtype=torch.float32)
 
 
 # --- selection ------------------------------------------------------------------------------------
@@ -328,7 +277,7 @@ def _fake_select(
 
 
 _scores = register(
-    "region_scores(Tensor noise, int patch_size, str metric) -> Tensor",
+    "region_scores(Tensor noise, int pixels, str metric) -> Tensor",
     reference=reference.region_scores,
     launch=_launch_scores,
     fake=_fake_scores,

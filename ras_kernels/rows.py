@@ -49,22 +49,6 @@ def scatter_tokens_(tokens: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return tokens
 
 
-def merge_noise_(cached: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
-    """Overwrite rows of the cached noise and return a copy of the whole.
-
-    Args:
-        cached: `(B, N, C)`, each token's last predicted noise, written in place.
-        index: `(B, K)` or `(1, K)`, the active tokens.
-        fresh: `(B, K, C)`, their noise.
-
-    Returns:
-        `(B, N, C)`, the merged noise, which shares no memory with `cached`.
-    """
-    check_rows(cached, index, fresh, ("cached", "fresh"))
-    _scatter(cached, index, fresh)
-    return cached.clone()
-
-
 @jit
 def place(columns, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where a program of a `Tiling` is: the sample, the outer index, rows, columns, columns' mask.

@@ -52,22 +52,13 @@ class Selection:
         if self._noise is None or self._noise.shape != noise.shape:
             if rows is not None:
                 return
-            regions = noise.shape[:2]
             self._noise = normal_empty(noise.shape, noise.dtype, noise.device).copy_(noise)
-            self._pace = normal_empty(regions, torch.float32, noise.device).fill_(0)
-            self._since = normal_empty(regions, torch.float32, noise.device).fill_(place)
+            self._pace = normal_empty(noise.shape[:2], torch.float32, noise.device).fill_(0)
+            self._since = normal_empty(noise.shape[:2], torch.float32, noise.device).fill_(place)
             return
         assert self._pace is not None and self._since is not None
         noise = noise.to(self._noise.dtype)  # loops by hand may mix them
-        ras_kernels.update_drift_(
-            self._noise,
-            self._pace,
-            self._since,
-            rows,
-            noise,
-            position=place,
-            patch_size=1,
-        )
+        ras_kernels.update_drift_(self._noise, self._pace, self._since, rows, noise, position=place)
 
     def choose(
         self, noise: Tensor, count: int, sigma: float, masked: Tensor | None = None
@@ -97,7 +88,7 @@ class Selection:
             return ras_kernels.select_regions(
                 scores, ages, count, high_ratio=0, starvation_scale=0
             )[0]
-        scores = ras_kernels.region_scores(noise, math.isqrt(self._pixels), self._config.metric)
+        scores = ras_kernels.region_scores(noise, self._pixels, self._config.metric)
         if self._ages is None or self._ages.shape != scores.shape:
             self._ages = torch.zeros_like(scores, dtype=torch.int32)
         active, self._ages = ras_kernels.select_regions(

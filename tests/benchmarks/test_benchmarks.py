@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import ras
-from benchmarks import kernels
-from benchmarks.jobs import JOBS, LUMINA, SD3, prepare
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.kernels import measure
+from benchmarks.kernels.jobs import JOBS, LUMINA, SD3, prepare
 from benchmarks.model import scenes, train
 from benchmarks.quality import elsewhere, inpainting, judge, ours, plans
 from benchmarks.speed import end_to_end
@@ -190,10 +191,10 @@ def test_a_way_that_fails_or_differs_is_told_from_the_others(monkeypatch):
     def broken():
         raise RuntimeError("no kernel\nat all")
 
-    ways = {"broken": kernels.Way(broken), "wrong": kernels.Way(lambda: ours.run() + 1)}
+    ways = {"broken": measure.Way(broken), "wrong": measure.Way(lambda: ours.run() + 1)}
     job = job._replace(plain={**ways, "right": ours})
-    monkeypatch.setattr(kernels, "prepare", lambda *_: job)
-    rows = kernels.time_job(kernels.Timer("cpu", 0.001), "region_scores", kernels.TINY_SHAPES[0])
+    monkeypatch.setattr(measure, "prepare", lambda *_: job)
+    rows = measure.time_job(kernels.Timer("cpu", 0.001), "region_scores", kernels.TINY_SHAPES[0])
     errors = {row["way"]: row.get("error") for row in rows}
     assert errors["broken"] == "RuntimeError: no kernel" and errors["right"] is None
     assert errors["wrong"].startswith("differs by ")

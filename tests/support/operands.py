@@ -169,10 +169,6 @@ def calls():
             ras_kernels.scatter_tokens_,
             dict(tokens=half(*tokens), index=index, rows=rows),
         ),
-        "merge_noise_": (
-            ras_kernels.merge_noise_,
-            dict(cached=half(3, 3, 4), index=index, fresh=half(3, 3, 4, seed=1)),
-        ),
         "update_tokens_": (
             ras_kernels.update_tokens_,
             dict(tokens=half(*tokens), changes=half(*tokens, seed=2), index=index, rows=rows),
@@ -186,21 +182,17 @@ def calls():
             dict(query=half(*heads), key=half(*heads, seed=1), value=half(*heads, seed=2)),
         ),
         "region_scores": (
-            partial(ras_kernels.region_scores, patch_size=3),
-            dict(noise=half(3, 4, 3, 3)),
-        ),
-        "region_scores, packed": (
-            partial(ras_kernels.region_scores, patch_size=2),
+            partial(ras_kernels.region_scores, pixels=4),
             dict(noise=half(3, 3, 16)),
         ),
         "update_drift_": (
-            partial(ras_kernels.update_drift_, position=0.5, patch_size=3),
+            partial(ras_kernels.update_drift_, position=0.5),
             dict(
-                last=half(3, 4, 3, 9, seed=1),
+                last=half(3, 3, 16, seed=1),
                 pace=normal(3, 3),
                 since=normal(3, 3, seed=1),
                 index=index,
-                noise=half(3, 4, 3, 9),
+                noise=half(3, 3, 16),
             ),
         ),
         "drift_scores": (

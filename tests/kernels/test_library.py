@@ -49,9 +49,9 @@ def layer(hidden, noise, changes, ages, key, value, query_weight, weights, biase
     """A step of a layer with caches: all ops, some of them on views of what they write to."""
     batch, tokens, width = hidden.shape
     heads, size = key.shape[2:]
-    scores = ras_kernels.region_scores(noise, 2)
+    scores = ras_kernels.region_scores(noise, 4)
     last, since = torch.zeros_like(noise), torch.zeros_like(scores)
-    ras_kernels.update_drift_(last, scores, since, None, noise, position=0.5, patch_size=2)
+    ras_kernels.update_drift_(last, scores, since, None, noise, position=0.5)
     scores = scores + ras_kernels.drift_scores(scores, since, position=0.7)
     active, ages = ras_kernels.select_regions(scores, ages, 5, high_ratio=0.3, starvation_scale=1.0)
     rows = ras_kernels.gather_tokens(hidden, active)
@@ -79,8 +79,7 @@ def layer(hidden, noise, changes, ages, key, value, query_weight, weights, biase
     ras_kernels.scatter_tokens_(hidden, active, rows + output[..., :width])
     ras_kernels.update_tokens_(noise, changes, active, output[..., : noise.shape[2]])
     carried = ras_kernels.carry_tokens(noise, changes, ages / 2)
-    merged = ras_kernels.merge_noise_(noise, active, carried[:, :5])
-    return merged * 2, ages, active, key_changes, value_changes
+    return carried * 2, ages, active, key_changes, value_changes
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Inductor's own kernels need a compiler of Triton")

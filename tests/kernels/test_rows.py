@@ -10,7 +10,6 @@ from support.operands import (
     batches,
     bits,
     counts,
-    few,
     indices,
     laid,
     layouts,
@@ -60,18 +59,3 @@ def test_rows_of_sixteen_byte_elements_are_copied_too():
     assert torch.equal(rows, tokens[:, [3, 0]])
     ras_kernels.scatter_tokens_(tokens, index, -rows)
     assert torch.equal(tokens[:, [3, 0]], -rows)
-
-
-@few
-@given(st.data(), batches, counts)
-def test_merged_noise_is_a_copy(data, batch, tokens):
-    index = data.draw(indices(batch, tokens))
-    cached = laid(normal(batch, tokens, 5), data.draw(layouts))
-    fresh = laid(normal(batch, index.shape[1], 5, seed=1), data.draw(read))
-    expected = cached.clone()
-    reference.scatter_tokens_(expected, index, fresh)
-    with only_rows(index, cached):
-        merged = ras_kernels.merge_noise_(cached, index, fresh)
-    assert torch.equal(merged, expected) and torch.equal(cached, expected)
-    merged.zero_()
-    assert torch.equal(cached, expected)

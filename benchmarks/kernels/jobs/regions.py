@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import ras_kernels
@@ -16,36 +15,32 @@ from .job import PATCH, Job, Shape, Way, active_index, normal
 
 def region_scores(s: Shape, device: str) -> Job:
     """The scores of guided noise, of which there is one for each pair of the batch."""
-    side = s.side // 8
-    noise = normal(device, s.batch // 2, s.channels, side, side)
+    noise = normal(device, s.batch // 2, s.tokens, PATCH**2 * s.channels)
 
-    def pooled() -> Tensor:
-        spread = noise.float().std(1, correction=0)
-        return F.avg_pool2d(spread[:, None], PATCH).flatten(1)
+    def plain() -> Tensor:
+        return noise.float().unflatten(2, (PATCH**2, -1)).std(3, correction=0).mean(2)
 
-    scores = noise[:, 0, ::PATCH, ::PATCH].flatten(1).float()
     return Job(
-        [noise, scores],
-        Way(lambda: ras_kernels.region_scores(noise, PATCH)),
-        {"std, avg_pool2d": Way(pooled)},
+        [noise, noise[:, :, 0].float()],
+        Way(lambda: ras_kernels.region_scores(noise, PATCH**2)),
+        {"std, mean": Way(plain)},
     )
 
 
 def update_drift_(s: Shape, device: str) -> Job:
     """The drift of the regions that were computed, on guided noise."""
-    side, (samples, tokens) = s.side // 8, (s.batch // 2, s.tokens)
-    noise, last = (normal(device, samples, s.channels, side, side) for _ in range(2))
-    pace, since = (torch.zeros(samples, tokens, device=device) for _ in range(2))
-    index = active_index(s, device)[:samples]
-    values = noise.flatten()[: samples * s.active * s.channels * PATCH**2]
+    samples = s.batch // 2
+    noise, last = (normal(device, samples, s.tokens, PATCH**2 * s.channels) for _ in range(2))
+    pace, since = (torch.zeros(samples, s.tokens, device=device) for _ in range(2))
+    index, values = active_index(s, device)[:samples], noise[:, : s.active]
     written = last, pace, since
 
     def ours() -> Sequence[Tensor]:
-        ras_kernels.update_drift_(*written, index, noise, position=0.5, patch_size=PATCH)
+        ras_kernels.update_drift_(*written, index, noise, position=0.5)
         return written
 
     def definition() -> Sequence[Tensor]:
-        reference.update_drift_(*written, index, noise, 0.5, PATCH)
+        reference.update_drift_(*written, index, noise, 0.5)
         return written
 
     columns = pace[:, : s.active]

@@ -4,8 +4,8 @@
     python -m benchmarks.kernels --quick
     python -m benchmarks.kernels --chip A100
 
-Jobs and shapes are those of `benchmarks.jobs`: SD3-medium and Lumina-Next at 1024 x 1024 px with
-ratios of 0.5, 0.25 and 0.125, SD3 at 512 and 2048, fp16, a batch of two for guidance. Results of
+Jobs and shapes are those of `benchmarks.kernels.jobs`: SD3-medium and Lumina-Next at 1024 x 1024 px
+with ratios of 0.5, 0.25 and 0.125, SD3 at 512 and 2048, fp16, a batch of two for guidance. Results of
 all ways are compared before they are timed. Each run starts with a cold L2 cache; given are the
 median and the quartiles between CUDA events, the time within a CUDA graph, and the host's time for
 a call. GB/s and TFLOP/s count what a job has to move and to multiply at least, in the graph's time,
@@ -24,30 +24,24 @@ arithmetic with its data sheet, and what the compiled code of the kernels takes 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
-from tqdm import tqdm
 
 from ras_kernels import _triton
 
+from ..goals import OURS, Row, best
+from ..jobs import JOBS, SHAPES, TINY_SHAPES, prepare
+from ..tables import COLOURS, cells, folder_name, save
+from ..timing import Timer, Times
 from .chips import CHIPS, floor_us
-from .gpu.goals import OURS, Row, best
-from .jobs import DTYPE, JOBS, SHAPES, TINY_SHAPES, Shape, Way, prepare
-from .speed.timing import Timer, Times, device_name
-from .tables import COLOURS, cells, folder_name, save
 
 SECONDS, QUICK, TINY = 0.3, 0.05, 0.001  # of each measurement
-COPIED, TINY_COPIED = 1 << 30, 1 << 20  # bytes, of the copy that gives the ceiling
-SIDE, TINY_SIDE = 8192, 128  # of the matrices that give the ceiling
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all jobs, about")
     parser.add_argument("--tiny", action="store_true", help="try the program out on the CPU")
     parser.add_argument("--chip", choices=CHIPS, default="H100", help="for floors without a GPU")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args(argv)
     if options.tiny:
         timer = Timer("cpu", TINY)
@@ -76,91 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for op in JOBS:
         plot(op, results, folder / f"{op.strip('_')}.png")
     print(table(results))
-
-
-# --- with a GPU -----------------------------------------------------------------------------------
-
-
-def measure(timer: Timer, shapes: Sequence[Shape], tiny: bool, seconds: float) -> dict[str, Any]:
-    """Time all jobs; a row for each way of each."""
-    began = time.perf_counter()
-    results: dict[str, Any] = {
-        "device": device_name(str(timer.device)),
-        "tiny": tiny,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "triton": _triton.triton.__version__ if _triton.triton else None,
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "l2_bytes": timer.l2,
-        "copy_gb_s": timer.copy_ceiling(TINY_COPIED if tiny else COPIED),
-        "matmul_tflop_s": timer.matmul_ceiling(TINY_SIDE if tiny else SIDE, DTYPE),
-        "left_out": 0,
-        "rows": [],
-    }
-    jobs = [(op, shape) for shape in shapes for op in JOBS]
-    gc.freeze()  # what there is by now is none of the jobs' garbage, and takes long to look through
-    for op, shape in tqdm(jobs, unit="job", disable=tiny):
-        if time.perf_counter() - began > seconds:
-            results["left_out"] += 1
-            continue
-        results["rows"] += time_job(timer, op, shape)
-        gc.collect()  # of jobs, whose functions refer to them
-    gc.unfreeze()
-    return results
-
-
-def time_job(timer: Timer, op: str, shape: Shape) -> list[Row]:
-    """A row for each way to do a job; one that fails says how, and the others go on."""
-    try:
-        job = prepare(op, shape, str(timer.device))
-    except torch.OutOfMemoryError as error:
-        return [{"op": op, "shape": shape.label, "way": OURS, "error": said(error)}]
-    before = [tensor.clone() for tensor in job.written]
-
-    def restore() -> None:
-        for tensor, start in zip(job.written, before):
-            tensor.copy_(start)
-
-    rows: list[Row] = []
-    expected: list[Tensor] = []
-    for name, way in {OURS: job.ours, **job.plain}.items():
-        row: Row = {"op": op, "shape": shape.label, "way": name}
-        row |= {"bytes": job.bytes, "flops": job.flops}
-        rows.append(row)
-        try:
-            with way.within():
-                restore()
-                found = outcome(way)
-                expected = expected or found
-                apart = 0.0 if way.part else difference(found, expected)
-                if apart > job.tolerance:
-                    row["error"] = f"differs by {apart:.2g} of the norm"
-                    continue
-                restore()
-                count = timer.warm_up(way.run)
-                row["events_us"] = timer.events(way.run, count)
-                row["host_us"] = timer.host(way.run, count)
-                row["graph_us"] = timer.graph(way.run)
-        except Exception as error:  # such as a backend that does not take the shape
-            row["error"] = said(error)
-    return rows
-
-
-def outcome(way: Way) -> list[Tensor]:
-    """What a way returns, kept from what the next one writes."""
-    found = way.run()
-    return [tensor.clone() for tensor in ([found] if isinstance(found, Tensor) else found)]
-
-
-def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The greatest distance of two tensors, relative to the norm of the expected one."""
-    return max(
-        ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, expected)
-    )
-
-
-def said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:120]
 
 
 # --- what it says ---------------------------------------------------------------------------------
@@ -273,7 +182,8 @@ def known(name: str) -> str:
         "",
         f"## Compiled code for {chip.target}, not run",
         "",
-        "A sample; `python -m benchmarks.compiled` has all variants. Occupancy is arithmetic.",
+        "A sample; `python -m benchmarks.kernels.compiled` has all variants. Occupancy is "
+        "arithmetic.",
         "",
         *code(name),
     ]
@@ -291,7 +201,7 @@ def floors(name: str) -> Iterator[str]:
 
 
 def code(name: str) -> list[str]:
-    """Rows of `benchmarks.compiled` for a sample of the launches."""
+    """Rows of `benchmarks.kernels.compiled` for a sample of the launches."""
     if _triton.triton is None or _triton.INTERPRETED:
         return ["Triton, which would compile it, is missing or set to interpret."]
     from . import compiled, variants

@@ -1,4 +1,4 @@
-"""The kernels' machine code, for GPUs that need not be there: a sample of `benchmarks.compiled`."""
+"""The kernels' machine code, for GPUs that need not be there: some of `benchmarks.kernels`."""
 
 import pkgutil
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +13,8 @@ from ras_kernels._checks import FLOATS
 if _triton.triton is None or _triton.INTERPRETED:
     pytest.skip("compiles Triton kernels, which are not to be interpreted", allow_module_level=True)
 
-from benchmarks import compiled, variants
-from benchmarks.chips import CHIPS, floor_us, occupancy
+from benchmarks.kernels import compiled, variants
+from benchmarks.kernels.chips import CHIPS, floor_us, occupancy
 
 FLOAT32_ALONE = "_choose_kernel", "_list_kernel", "_drift_scores_kernel"
 LAUNCHES = {name: variants.launches(chip.architecture) for name, chip in CHIPS.items()}

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import torch
-from support.operands import COMPUTED
+from support.operands import COMPUTED, LAYER_NORM, laid
 
 import ras_kernels
 from ras_kernels import _checks
@@ -22,24 +22,15 @@ def rows(batch, tokens, k, seed=0):
     return order[:, :k].sort(1).values
 
 
-def strided(tensor):
-    """The same values, with gaps between and transposed in memory."""
-    room = torch.full((*tensor.shape[::-1], 2), float("nan"), dtype=tensor.dtype)
-    view = room[..., 0].permute(*reversed(range(tensor.ndim)))
-    view.copy_(tensor)
-    assert not view.is_contiguous()
-    return view
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("layout", [lambda x: x, strided])
+@pytest.mark.parametrize("layout", ["dense", "gaps"])
 def test_gather_and_scatter(dtype, index_dtype, layout):
-    tokens = layout(normal(3, 7, 2, 5).to(dtype))
+    tokens = laid(normal(3, 7, 2, 5).to(dtype), layout)
     index = rows(3, 7, 4).to(index_dtype)
     gathered = ras_kernels.gather_tokens(tokens, index)
     assert gathered.shape == (3, 4, 2, 5) and gathered.dtype == dtype
-    new = layout(normal(3, 4, 2, 5, seed=1).to(dtype))
+    new = laid(normal(3, 4, 2, 5, seed=1).to(dtype), layout)
     before = tokens.clone()
     assert ras_kernels.scatter_tokens_(tokens, index, new) is tokens
     for b in range(3):
@@ -58,16 +49,6 @@ def test_scatter_writes_into_part_of_a_buffer():
     before = buffer.clone()
     ras_kernels.scatter_tokens_(buffer[:, :6], rows(2, 6, 6), torch.zeros(2, 6, 3).double())
     assert (buffer[:, :6] == 0).all() and torch.equal(buffer[:, 6:], before[:, 6:])
-
-
-def test_merged_noise_is_a_copy():
-    cached, fresh, index = normal(2, 6, 3), normal(2, 2, 3, seed=1), rows(2, 6, 2)
-    before = cached.clone()
-    merged = ras_kernels.merge_noise_(cached, index, fresh)
-    assert torch.equal(merged, ras_kernels.scatter_tokens_(before, index, fresh))
-    assert torch.equal(merged, cached)
-    merged.zero_()
-    assert torch.equal(cached, before)
 
 
 def attention(query, key, value, mask, scale):
@@ -89,7 +70,7 @@ def attention(query, key, value, mask, scale):
 @pytest.mark.parametrize("masked, scale", [(False, None), (True, 0.3)])
 def test_attention(dtype, heads, kv_heads, size, masked, scale):
     query = normal(2, 5, heads, size, seed=1, dtype=dtype)
-    key = strided(normal(2, 11, kv_heads, size, seed=2, dtype=dtype))
+    key = laid(normal(2, 11, kv_heads, size, seed=2, dtype=dtype), "heads first")
     value = normal(2, 11, kv_heads, size, seed=3, dtype=dtype)
     mask = torch.arange(11) < torch.tensor([[7], [11]]) if masked else None
     found = ras_kernels.sparse_attention(query, key, value, key_mask=mask, scale=scale)
@@ -102,25 +83,18 @@ def test_attention(dtype, heads, kv_heads, size, masked, scale):
 
 @pytest.mark.parametrize("dtype", COMPUTED)
 @pytest.mark.parametrize("metric", ras_kernels.METRICS)
-@pytest.mark.parametrize("patch, height, width", [(2, 6, 4), (1, 3, 5), (3, 3, 9)])
-def test_region_scores(dtype, metric, patch, height, width):
-    noise = normal(2, 4, height, width, dtype=dtype)
-    scores = ras_kernels.region_scores(noise, patch, metric)
-    assert scores.dtype == torch.float32
-    assert scores.shape == (2, height // patch * (width // patch))
+@pytest.mark.parametrize("pixels", [1, 4, 6, 9])
+def test_region_scores(dtype, metric, pixels):
+    noise = normal(2, 5, pixels * 4, dtype=dtype)
+    scores = ras_kernels.region_scores(noise, pixels, metric)
+    assert scores.dtype == torch.float32 and scores.shape == (2, 5)
+    one = {
+        "std": lambda p: (p - p.mean()).square().mean().sqrt(),
+        "l2norm": lambda p: p.square().sum().sqrt(),
+    }[metric]
     for b in range(2):
-        for n in range(scores.shape[1]):
-            y, x = divmod(n, width // patch)
-            pixels = [
-                noise[b, :, y * patch + i, x * patch + j].double()
-                for i in range(patch)
-                for j in range(patch)
-            ]
-            one = {
-                "std": lambda p: (p - p.mean()).square().mean().sqrt(),
-                "l2norm": lambda p: p.square().sum().sqrt(),
-            }[metric]
-            expected = sum(one(p).item() for p in pixels) / patch**2
+        for n in range(5):
+            expected = sum(one(p).item() for p in noise[b, n].double().split(4)) / pixels
             assert scores[b, n].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -251,7 +225,6 @@ def right():
     return {
         "gather_tokens": {"tokens": x(2, 6, 3), "index": INDEX},
         "scatter_tokens_": {"tokens": x(2, 6, 3), "index": INDEX, "rows": x(2, 2, 3)},
-        "merge_noise_": {"cached": x(2, 6, 3), "index": INDEX, "fresh": x(2, 2, 3)},
         "update_tokens_": {
             "tokens": x(2, 6, 3),
             "changes": x(2, 6, 3),
@@ -260,15 +233,14 @@ def right():
         },
         "carry_tokens": {"tokens": x(2, 6, 3), "changes": x(2, 5, 3), "gain": x(2, 5)},
         "sparse_attention": {"query": x(2, 2, 4, 8), "key": x(2, 5, 2, 8), "value": x(2, 5, 2, 8)},
-        "region_scores": {"noise": x(2, 3, 4, 4), "patch_size": 2},
+        "region_scores": {"noise": x(2, 3, 8), "pixels": 4},
         "update_drift_": {
             "pace": x(2, 6),
             "since": x(2, 6),
-            "last": x(2, 3, 4, 6),
+            "last": x(2, 6, 8),
             "index": INDEX,
-            "noise": x(2, 3, 4, 6, seed=1),
+            "noise": x(2, 6, 8, seed=1),
             "position": 0.5,
-            "patch_size": 2,
         },
         "drift_scores": {"pace": x(2, 6), "since": x(2, 6), "position": 0.5},
         "select_regions": {
@@ -335,9 +307,6 @@ def expanded(name, argument):
     return name, {argument: value[:1].expand_as(value)}, rf"\b{argument}\b.*expanded"
 
 
-LAYER_NORM = "layer_norm_across_heads"
-
-
 @pytest.mark.parametrize(
     "name, wrong, said",
     [
@@ -346,8 +315,6 @@ LAYER_NORM = "layer_norm_across_heads"
         ("scatter_tokens_", {"rows": x(2, 3, 3)}, r"rows .*\(2, 2, 3\).*\(2, 3, 3\)"),
         ("scatter_tokens_", {"rows": x(1, 2, 3)}, r"rows .*\(2, 2, 3\).*\(1, 2, 3\)"),
         expanded("scatter_tokens_", "tokens"),
-        ("merge_noise_", {"fresh": x(2, 3, 3)}, r"fresh .*\(2, 2, 3\).*\(2, 3, 3\)"),
-        expanded("merge_noise_", "cached"),
         ("update_tokens_", {"changes": x(2, 5, 3)}, r"changes .*\(2, 6, 3\).*\(2, 5, 3\)"),
         ("update_tokens_", {"rows": x(2, 3, 3)}, r"rows .*\(2, 2, 3\).*\(2, 3, 3\)"),
         ("update_tokens_", {"index": None}, r"rows .*\(2, 6, 3\).*\(2, 2, 3\)"),
@@ -380,13 +347,13 @@ LAYER_NORM = "layer_norm_across_heads"
             {"key_mask": x(2, 5) > 0, "key_lengths": INDEX[0]},
             "key_mask or key_lengths",
         ),
-        ("region_scores", {"patch_size": 3}, r"patch size 3.*\(2, 3, 4, 4\)"),
-        ("region_scores", {"patch_size": 0}, "patch_?.?size.* 0"),
-        ("region_scores", {"noise": x(2, 3)}, r"noise .*\(2, 3\)"),
-        ("region_scores", {"noise": x(2, 3, 6)}, r"noise .*4 \* C.*\(2, 3, 6\)"),
+        ("region_scores", {"pixels": 3}, r"noise .*pixels \* C.*\(2, 3, 8\) and 3"),
+        ("region_scores", {"pixels": 0}, "pixels at least 1.* 0"),
+        ("region_scores", {"noise": x(2, 8)}, r"noise .*\(2, 8\)"),
+        ("region_scores", {"noise": x(2, 3, 2, 4)}, r"noise .*\(2, 3, 2, 4\)"),
         ("region_scores", {"metric": "entropy"}, "metric .*std, l2norm.*entropy"),
-        ("update_drift_", {"patch_size": 3}, r"patch size 3.*\(2, 3, 4, 6\)"),
-        ("update_drift_", {"last": x(2, 3, 4, 4)}, r"last .*\(2, 3, 4, 6\).*\(2, 3, 4, 4\)"),
+        ("update_drift_", {"noise": x(2, 8, 2, 3)}, r"noise .*\(2, 8, 2, 3\)"),
+        ("update_drift_", {"last": x(2, 6, 4)}, r"last .*\(2, 6, 8\).*\(2, 6, 4\)"),
         ("update_drift_", {"pace": x(2, 5)}, r"pace .*\(2, 6\).*\(2, 5\)"),
         ("update_drift_", {"since": x(1, 6)}, r"since .*\(2, 6\).*\(1, 6\)"),
         *(expanded("update_drift_", argument) for argument in ("last", "pace", "since")),

@@ -1,8 +1,8 @@
 """The launches of Triton kernels that `ras_kernels` can choose, noted instead of made.
 
 They are found by calling the launchers themselves on CPU tensors, so that the rules of tiles,
-vectors and flags are those that a GPU would see. `tests/test_compiled.py` holds this list to be
-complete: each kernel occurs, each flag on and off, each dtype.
+vectors and flags are those that a GPU would see. `tests/kernels/test_compiled.py` holds this list
+to be complete: each kernel occurs, each flag on and off, each dtype.
 """
 
 from __future__ import annotations
@@ -262,12 +262,8 @@ def attention_calls() -> Iterator[Call]:
         yield Call("sparse_attention", dtype, text, run)
 
 
-NOISES = {
-    "16 channels": (1, 16, 128, 128),
-    "4 channels": (1, 4, 128, 128),
-    "packed": (1, 4096, 64),
-}
-"""SD3's latents, whole and packed, and Lumina-Next's, which have 4 channels."""
+NOISES = {"16 channels": (1, TOKENS, 64), "4 channels": (1, TOKENS, 16)}
+"""SD3's latents, and Lumina-Next's, in patches of 2 x 2."""
 
 
 def drift_calls() -> Iterator[Call]:
@@ -278,7 +274,7 @@ def drift_calls() -> Iterator[Call]:
         noise, at, which = empty(*shape, dtype=dtype), None, "all"
         if number is not None:
             at, which = index(number)[:1], SHORT[number] + " index"
-        run = partial(drift._launch_update, noise, columns, columns, at, noise, 0.5, 2)
+        run = partial(drift._launch_update, noise, columns, columns, at, noise, 0.5)
         yield Call("update_drift_", dtype, f"{text}, {which}", run)
     run = partial(drift._launch_scores, columns, columns, 0.5)
     yield Call("drift_scores", torch.float32, "", run)
@@ -286,7 +282,7 @@ def drift_calls() -> Iterator[Call]:
 
 def score_calls() -> Iterator[Call]:
     for dtype, metric, (text, shape) in itertools.product(FLOATS, regions.METRICS, NOISES.items()):
-        run = partial(regions._launch_scores, empty(*shape, dtype=dtype), 2, metric)
+        run = partial(regions._launch_scores, empty(*shape, dtype=dtype), 4, metric)
         yield Call("region_scores", dtype, f"{metric}, {text}", run)
 
 

@@ -1,12 +1,12 @@
 """What the Triton kernels' machine code takes up on each chip; needs no GPU.
 
-    python -m benchmarks.compiled
-    python -m benchmarks.compiled --chips H100 MI300X --ops attention linear
+    python -m benchmarks.kernels.compiled
+    python -m benchmarks.kernels.compiled --chips H100 MI300X --ops attention linear
 
-Compiles every launch of `benchmarks.variants` ahead of time as Triton's own just-in-time path
-would, and reads from the code: registers, spills (bytes of a thread's stack), shared memory,
-tensor-core instructions, loads and stores of 128 bits or more. Nothing is measured: occupancy is
-arithmetic with the limits in `benchmarks.chips`. Prints a table and what is wrong, if anything:
+Compiles every launch of `variants` beside it ahead of time as Triton's own just-in-time path would,
+and reads from the code: registers, spills (bytes of a thread's stack), shared memory, tensor-core
+instructions, loads and stores of 128 bits or more. Nothing is measured: occupancy is arithmetic
+with the limits in `chips`. Prints a table and what is wrong, if anything:
 
 - shared memory or registers beyond the chip's, or code that does not compile;
 - spills with 16-bit numbers, unless `SPILLS` says why;
@@ -37,9 +37,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..tables import cells
 from . import variants
 from .chips import CHIPS, Chip, occupancy
-from .tables import cells
 from .variants import Launch
 
 COPIES = "_copy_rows_kernel", "_update_kernel", "_carry_kernel"
@@ -288,7 +288,7 @@ def line(row: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile on all cores that this process may use, and exit with 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(prog="benchmarks.compiled", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.kernels.compiled", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--ops", nargs="+", choices=variants.OPS, default=list(variants.OPS))

@@ -10,7 +10,7 @@ from torch import Tensor
 import ras_kernels
 from ras_kernels import reference
 
-from .job import DTYPE, PATCH, Job, Shape, Way, active_index, flat_index, normal
+from .job import DTYPE, Job, Shape, Way, active_index, flat_index, normal
 
 
 def gather_tokens(s: Shape, device: str) -> Job:
@@ -51,25 +51,6 @@ def scatter_tokens_(s: Shape, device: str) -> Job:
         Way(lambda: ras_kernels.scatter_tokens_(image, index, rows)),
         {"index_copy_": Way(index_copy), "indexing": Way(indexing)},
         written=[cache],
-        tolerance=0,
-    )
-
-
-def merge_noise_(s: Shape, device: str) -> Job:
-    """New noise into the last noise of all tokens, and a copy of that."""
-    columns = s.channels * PATCH**2
-    cached, index = normal(device, s.batch, s.tokens, columns), active_index(s, device)
-    fresh, at = normal(device, s.batch, s.active, columns), flat_index(index, s.tokens)
-
-    def index_copy() -> Tensor:
-        cached.flatten(0, 1).index_copy_(0, at, fresh.flatten(0, 1))
-        return cached.clone()
-
-    return Job(
-        [fresh, fresh, cached, cached, index],
-        Way(lambda: ras_kernels.merge_noise_(cached, index, fresh)),
-        {"index_copy_, clone": Way(index_copy)},
-        written=[cached],
         tolerance=0,
     )
 
@@ -116,4 +97,4 @@ def carry_tokens(s: Shape, device: str) -> Job:
     )
 
 
-JOBS = gather_tokens, scatter_tokens_, merge_noise_, update_tokens_, carry_tokens
+JOBS = gather_tokens, scatter_tokens_, update_tokens_, carry_tokens

@@ -10,7 +10,7 @@ import torch
 
 from ras_kernels import _triton
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CODE = """
 import sys
@@ -21,17 +21,9 @@ sys.exit(pytest.main(["-q", "-o", "addopts=", "-p", "no:cacheprovider", *sys.arg
 """
 
 
-AGAINST_FLOAT64 = [
-    "test_rows.py",
-    "test_drift.py",
-    "test_changes.py",
-    "test_attention.py",
-    "test_regions.py",
-    "test_norm.py",
-    "test_linear.py",
-    "test_every_op.py",
-]
-
+APART = ["kernels/test_library.py", "kernels/test_ops.py"]
+OTHERS = {f"kernels/{path.name}" for path in Path(__file__).parent.glob("test_*.py")}
+OTHERS -= {*APART, f"kernels/{Path(__file__).name}"}
 WHOLE_RUNS = [  # with projections into the cache; with norms too; rotary, with grouped queries
     "test_models.py::test_batch[sizes0-1]",
     "test_models.py::test_batch[sizes1-1]",
@@ -43,7 +35,7 @@ WHOLE_RUNS = [  # with projections into the cache; with norms too; rotary, with 
 @pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(_triton.INTERPRETED, reason="the tests run in the interpreter already")
 @pytest.mark.parametrize(
-    "tests", [AGAINST_FLOAT64, ["test_library.py"], ["test_ops.py"], WHOLE_RUNS]
+    "tests", [sorted(OTHERS), APART[:1], APART[1:], WHOLE_RUNS], ids=["ops", *APART, "runs"]
 )
 def test_the_kernels_pass_in_the_interpreter(tests):
     done = subprocess.run(
