@@ -4,9 +4,9 @@
     python -m benchmarks.kernels --quick
     python -m benchmarks.kernels --chip A100
 
-Jobs and shapes are those of `benchmarks.kernels.jobs`: SD3-medium and Lumina-Next at 1024 x 1024 px
-with ratios of 0.5, 0.25 and 0.125, SD3 at 512 and 2048, fp16, a batch of two for guidance. Results of
-all ways are compared before they are timed. Each run starts with a cold L2 cache; given are the
+Jobs and shapes are those of `benchmarks.kernels.jobs`: SD3-medium and Lumina-Next at 1024 x 1024
+px with ratios of 0.5, 0.25 and 0.125, SD3 at 512 and 2048, fp16, a batch of two for guidance.
+Results of all ways are compared before they are timed. Each run starts with a cold L2 cache; given are the
 median and the quartiles between CUDA events, the time within a CUDA graph, and the host's time for
 a call. GB/s and TFLOP/s count what a job has to move and to multiply at least, in the graph's time,
 and are set against ceilings measured on the same device: PyTorch's copy of a large tensor and its
@@ -40,6 +40,8 @@ from ..jobs import JOBS, SHAPES, TINY_SHAPES, prepare
 from ..tables import COLOURS, cells, folder_name, save
 from ..timing import Timer, Times
 from .chips import CHIPS, floor_us
+from .jobs import JOBS, SHAPES, TINY_SHAPES, prepare
+from .measure import measure
 
 SECONDS, QUICK, TINY = 0.3, 0.05, 0.001  # of each measurement
 
