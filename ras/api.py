@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.modular_pipelines import ModularPipeline
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from .policy.planner import plan_run
 from .session import Session
 from .stats import Stats
 
+PIPELINES = DiffusionPipeline, ModularPipeline
 DISCRETE = {  # schedulers of tokens out of a vocabulary
     "AmusedScheduler",
     "BlockRefinementScheduler",
@@ -66,7 +68,7 @@ def enable(
             partial steps where there can be none. Nothing has been changed then.
     """
     config = _configured(config, overrides)
-    pipe = model if isinstance(model, DiffusionPipeline) else None
+    pipe = model if isinstance(model, PIPELINES) else None
     if pipe is None and not callable(getattr(scheduler, "step", None)):
         name = type(_transformers(model)[0]).__name__
         raise ValueError(
@@ -199,7 +201,7 @@ def plan(
         config, masked = model, None
         scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
         layout = Layout((64, 64), 333)
-    elif not isinstance(model, DiffusionPipeline):
+    elif not isinstance(model, PIPELINES):
         raise TypeError(f"plan takes a pipeline or a RASConfig, got {type(model).__name__}")
     else:
         pipe: Any = model
@@ -282,7 +284,7 @@ def _transformers(model: object) -> list[nn.Module]:
         ValueError: A pipeline whose denoiser is no transformer, or which no scheduler steps.
         TypeError: Neither a pipeline nor a transformer.
     """
-    if not isinstance(model, DiffusionPipeline):
+    if not isinstance(model, PIPELINES):
         found = getattr(model, "_orig_mod", model)
         if not isinstance(found, nn.Module):
             raise TypeError(
@@ -294,7 +296,7 @@ def _transformers(model: object) -> list[nn.Module]:
             )
         return [found]
     name, parts = type(model).__name__, _components(model)
-    scheduler = parts.get("scheduler")
+    scheduler = getattr(model, "scheduler", None)
     denoisers = [
         getattr(part, "_orig_mod", part)
         for role, part in parts.items()

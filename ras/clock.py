@@ -5,16 +5,17 @@ model of another kind, `x = alpha * x0 + s * noise`, is at the same signal-to-no
 `sigma = s / (alpha + s)`, so that `log SNR = 2 * log((1 - sigma) / sigma)` whatever the kind.
 
 What it predicts is told by the same ruler. With `z = x / (alpha + s)` its solver is one of
-`dz / dsigma = noise - x0`; where `x` is known, a prediction that is wrong by `e` makes that
-velocity wrong by
+`dz / dsigma = v`, of the velocity `v = noise - x0`. Where `x` is known, a prediction `p` that is
+wrong by `e` makes that velocity wrong by `e / m`, with
 
-    e                                    for the velocity of flow matching
-    e / (1 - sigma)                      for the noise (epsilon)
-    e / sqrt((1 - sigma)^2 + sigma^2)    for alpha * noise - s * x0 (v-prediction)
-    e / sigma                            for x0 (sample)
+    p   v    noise (epsilon)    x0 (sample)    alpha * noise - s * x0 (v-prediction)
+    m   1    1 - sigma          sigma          sqrt((1 - sigma)^2 + sigma^2)
 
-and a step that reuses it, from one level to the next, makes `z` wrong by that times the distance:
-exactly so for DDIM (arXiv 2010.02502), which is Euler's method of this equation.
+as `noise = z + (1 - sigma) v` and `x0 = z - sigma v`. A step that reuses `p` makes `z` wrong by
+`e / m` times the distance to the next level: exactly so for DDIM (arXiv 2010.02502), which is
+Euler's method of this equation. And along the run `dp = m dv` (by `dz = v dsigma`; of x0 but for
+the sign, of v-prediction but for its turning by the known `x`), so that all of them change where
+the velocity does.
 """
 
 from __future__ import annotations
@@ -84,24 +85,23 @@ class Clock:
         return len(self.sigmas) - 1
 
     @property
+    def scales(self) -> tuple[float, ...]:
+        """`m` of each solver step, see the module."""
+        return tuple(_scale(self.prediction, sigma) for sigma in self.sigmas[:-1])
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """How wrong each solver step makes the result, for an error of 1 in what it reuses."""
-        sigmas = self.sigmas
-        return tuple(
-            abs(after - sigma) * _velocity_per_error(self.prediction, sigma)
-            for sigma, after in itertools.pairwise(sigmas)
-        )
+        distances = (abs(after - sigma) for sigma, after in itertools.pairwise(self.sigmas))
+        return tuple(distance / scale for distance, scale in zip(distances, self.scales))
 
 
-def _velocity_per_error(prediction: str, sigma: float) -> float:
-    within = min(max(sigma, 1 - SIGMAS[1]), SIGMAS[1])
+def _scale(prediction: str, sigma: float) -> float:
     if prediction == "epsilon":
-        return 1 / (1 - within)
+        return max(1 - sigma, 1 - SIGMAS[1])
     if prediction == "sample":
-        return 1 / within
-    if prediction == "v_prediction":
-        return 1 / math.hypot(1 - sigma, sigma)
-    return 1.0
+        return max(sigma, 1 - SIGMAS[1])
+    return math.hypot(1 - sigma, sigma) if prediction == "v_prediction" else 1.0
 
 
 def is_set(scheduler: Any) -> bool:

@@ -8,10 +8,10 @@ Jobs and shapes are those of `benchmarks.kernels.jobs`: SD3-medium and Lumina-Ne
 px with ratios of 0.5, 0.25 and 0.125, SD3 at 512 and 2048, fp16, a batch of two for guidance.
 Results of all ways are compared before they are timed. Each run starts with a cold L2 cache; given
 are the median and the quartiles between CUDA events, the time within a CUDA graph, and the host's
-time for a call. GB/s and TFLOP/s count what a job has to move and to multiply at least, in the graph's time,
-and are set against ceilings measured on the same device: PyTorch's copy of a large tensor and its
-product of large matrices. What a way writes may stay in the cache, so that small jobs can come out
-above the copy.
+time for a call. GB/s and TFLOP/s count what a job has to move and to multiply at least, in the
+graph's time, and are set against ceilings measured on the same device: PyTorch's copy of a large
+tensor and its product of large matrices. What a way writes may stay in the cache, so that small
+jobs can come out above the copy.
 
 Writes kernels.json, table.md and a plot for each op into a folder of the device's name in `--out`.
 `--quick` measures each for a shorter time, and `--seconds` begins no other job after so many: those

@@ -25,8 +25,8 @@ The prediction of a fractional Brownian motion from two points is the `g` of `ga
 and Van Ness, 1968, give the covariance; the best linear prediction is its normal equation). The
 constants were chosen on the bundled model with 28 steps, shift 3 and guidance 4, that of the jump
 on this model and another SD3 at guidance 1, 4 and 7 in 20, 28 and 50 steps (3 and 10 did equally
-well); `benchmarks.quality.pareto` tells what they are worth elsewhere. No model that predicts
-anything but the velocity of flow matching was at hand: there the same constants are a guess.
+well); `benchmarks.quality.pareto` tells what they are worth elsewhere. Of a model that predicts
+anything but the velocity of flow matching the velocity is taken to wander so; none was at hand.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..clock import SIGMAS, position, roughness
+from ..clock import SIGMAS, Clock, position, roughness
 
 Array = NDArray[np.float64]
 Steps = NDArray[np.integer]
@@ -46,13 +46,23 @@ JUMP = 3.0  # variance, see above, in that of noise over a distance of 1
 LONGEST = 16  # steps that one stretch may have, unless there are few dense steps for many
 
 
-def covariance(sigmas: Sequence[float], extrapolation: float) -> Array:
+def covariance(clock: Clock, extrapolation: float) -> Array:
     """`K` of a fractional Brownian motion with its jumps, up to a constant, `(n, n)`."""
+    sigmas = np.asarray(clock.sigmas[:-1], float)
     positions = np.array([position(sigma) for sigma in sigmas])
-    distance = np.abs(positions[:, None] - positions)
+    distance = np.abs(positions[:, None] - positions) ** roughness(extrapolation)
+    jumps = np.diag(JUMP * np.maximum(1 - sigmas / SIGMAS[0], 0))
     # All rows that K is multiplied by sum to 0, so that -D/2 does for it.
-    jumps = JUMP * np.maximum(1 - np.asarray(sigmas, float) / SIGMAS[0], 0)
-    return -0.5 * distance ** roughness(extrapolation) + np.diag(jumps)
+    kernel = jumps - 0.5 * distance
+    scales = np.asarray(clock.scales)
+    if (scales == 1).all():
+        return kernel
+    # What is predicted changes by so many times what the velocity does, from step to step.
+    along = (scales[1:] + scales[:-1]) / 2
+    steps = np.diff(np.diff(-0.5 * distance, axis=0), axis=1) * along[:, None] * along
+    summed = np.zeros_like(kernel)
+    summed[1:, 1:] = steps.cumsum(axis=0).cumsum(axis=1)
+    return summed + jumps * scales[:, None] * scales
 
 
 def gains(kernel: Array, before: int, last: int, steps: Steps) -> Array:

@@ -68,7 +68,7 @@ def _of_least_error(
     pinned |= resets(config.error_reset_steps or (), steps)
     pinned = {step for step in pinned if step < steps}
     hold = config.extrapolation == 0
-    kernel = covariance(clock.sigmas[:-1], EXTRAPOLATION if hold else config.extrapolation)
+    kernel = covariance(clock, EXTRAPOLATION if hold else config.extrapolation)
     model = ErrorModel(clock.weights, kernel, hold=hold)
     if not layout.grid:
         return plan_whole(model, speedup, pinned)
