@@ -44,6 +44,8 @@ class Family:
         whole: An input whose calls compute all tokens, since they leave out layers.
         usual_text: The text tokens of a pipeline's call with its default arguments.
         positions: What cached keys were rotated by, to be compared; on the CPU.
+        references: Whether some pipelines have tokens that only condition.
+        skips: Whether steps can be skipped.
         note: What the support table says besides.
     """
 
@@ -60,6 +62,8 @@ class Family:
     whole: str | None = None
     usual_text: Callable[[Any], int] = lambda pipe: 0
     positions: Callable[[Mapping[str, Any]], Any] = lambda inputs: None
+    references: bool = False
+    skips: bool = True
     note: str = ""
 
     @property
@@ -130,6 +134,27 @@ def family_of(transformer: object) -> Family:
     return next(found, Family(type(transformer).__name__))
 
 
+def support() -> list[dict[str, str]]:
+    """The support table, a row for each record.
+
+    Dense steps are exact wherever there are any, and so is a run at a speed-up of 1.
+    """
+    return [
+        {
+            "transformer": family.model,
+            "pipelines": ", ".join(family.pipelines),
+            "skipped steps": "yes" if family.skips else "no",
+            "partial steps": "yes" if family.regions else "no",
+            "references": "computed" if family.references else "–",
+            "masks": "yes" if family.regions else "no",
+            "result": "approximate" if family.skips else "exact",
+            "tested": "every token's noise" if family.regions else "every call's output",
+            "note": family.note,
+        }
+        for family in FAMILIES
+    ]
+
+
 def _gather(tokens: Tensor, rows: Tensor) -> Tensor:
     """Rows of `(B, N, ...)`, or of `(1, N, ...)`, which are the same for all samples."""
     return ras_kernels.gather_tokens(tokens.expand(len(rows), *tokens.shape[1:]), rows)
@@ -173,4 +198,74 @@ FAMILIES = (
         leave="norm_out",
         positions=_lumina_positions,
     ),
+    Family("AceStepTransformer1DModel", ("AceStep",)),
+    Family("AllegroTransformer3DModel", ("Allegro",)),
+    Family("AnyFlowTransformer3DModel", ("AnyFlow",)),
+    Family("AuraFlowTransformer2DModel", ("AuraFlow",)),
+    Family("BriaTransformer2DModel", ("Bria",)),
+    Family("ChromaTransformer2DModel", ("Chroma",)),
+    Family("CogVideoXTransformer3DModel", ("CogVideoX",)),
+    Family("CogView3PlusTransformer2DModel", ("CogView3Plus",)),
+    Family("CogView4Transformer2DModel", ("CogView4",)),
+    Family("CosmosTransformer3DModel", ("Cosmos2TextToImage", "CosmosTextToWorld")),
+    Family("DiTTransformer2DModel", ("DiT",)),
+    Family("EasyAnimateTransformer3DModel", ("EasyAnimate",)),
+    Family("ErnieImageTransformer2DModel", ("ErnieImage",)),
+    Family(
+        "FluxTransformer2DModel",
+        ("Flux", "FluxControl", "FluxFill", "FluxImg2Img", "FluxKontext", "FluxModular"),
+        references=True,
+    ),
+    Family(
+        "Flux2Transformer2DModel",
+        ("Flux2", "Flux2Klein", "Flux2KleinKV"),
+        references=True,
+        note="KleinKV: the step that fills the model's own cache is computed",
+    ),
+    Family("GlmImageTransformer2DModel", ("GlmImage",), note="calls before the loop are computed"),
+    Family("HeliosTransformer3DModel", ("Helios",), note="a plan for each chunk"),
+    Family("HiDreamImageTransformer2DModel", ("HiDreamImage",)),
+    Family("HunyuanDiT2DModel", ("HunyuanDiT",)),
+    Family("HunyuanImageTransformer2DModel", ("HunyuanImage",)),
+    Family("HunyuanVideo15Transformer3DModel", ("HunyuanVideo15",)),
+    Family("HunyuanVideoTransformer3DModel", ("HunyuanVideo",)),
+    Family("Ideogram4Transformer2DModel", ("Ideogram4",), note="two transformers"),
+    Family("Kandinsky5Transformer3DModel", ("Kandinsky5T2V",)),
+    Family("Krea2Transformer2DModel", ("Krea2",)),
+    Family("LTX2VideoTransformer3DModel", ("LTX2",), note="video and audio"),
+    Family("LTXVideoTransformer3DModel", ("LTX", "LTXImageToVideo")),
+    Family("LatteTransformer3DModel", ("Latte",)),
+    Family("LongCatAudioDiTTransformer", ("LongCatAudioDiT",)),
+    Family("LongCatImageTransformer2DModel", ("LongCatImage",)),
+    Family("Lumina2Transformer2DModel", ("Lumina2",)),
+    Family("MochiTransformer3DModel", ("Mochi",)),
+    Family("MotifVideoTransformer3DModel", ("MotifVideo",)),
+    Family("NucleusMoEImageTransformer2DModel", ("NucleusMoEImage",)),
+    Family("OmniGenTransformer2DModel", ("OmniGen",)),
+    Family("OvisImageTransformer2DModel", ("OvisImage",)),
+    Family("PRXTransformer2DModel", ("PRX",)),
+    Family("PixArtTransformer2DModel", ("PixArtAlpha", "PixArtSigma")),
+    Family(
+        "QwenImage21Transformer2DModel",
+        ("QwenImage21",),
+        note="the step that fills the model's own cache is computed",
+    ),
+    Family(
+        "QwenImageTransformer2DModel",
+        ("QwenImage", "QwenImageEdit", "QwenImageEditPlus"),
+        references=True,
+    ),
+    Family("SanaTransformer2DModel", ("Sana", "SanaSprint")),
+    Family("SanaVideoTransformer3DModel", ("SanaVideo",)),
+    Family("SkyReelsV2Transformer3DModel", ("SkyReelsV2",)),
+    Family(
+        "SkyReelsV2Transformer3DModel",
+        ("SkyReelsV2DiffusionForcing",),
+        skips=False,
+        note="steps a copy of its scheduler for each frame: dense, with a warning",
+    ),
+    Family("StableAudio3DiTModel", ("StableAudio3",)),
+    Family("StableAudioDiTModel", ("StableAudio",)),
+    Family("WanTransformer3DModel", ("Wan", "WanImageToVideo"), note="one or two transformers"),
+    Family("ZImageTransformer2DModel", ("ZImage",)),
 )

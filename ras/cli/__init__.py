@@ -1,4 +1,4 @@
-"""The command line: `ras generate` makes an image and compares, `ras info` describes the set-up."""
+"""The command line: `ras generate`, `ras models` and `ras info`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 import ras
 
 from ..config import DEFAULT_SPEEDUP
-from . import generate, info
+from . import generate, info, models
 from .loading import DTYPES, quiet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -88,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--negative-prompt", metavar="TEXT", help="what the image does not show")
     add("--guidance-scale", type=_number(float, 0), metavar="SCALE", help="default: the model's")
     add("--json", action="store_true", help="print the figures as JSON")
+
+    listing = commands.add_parser("models", help="print which models are supported, and how")
+    listing.set_defaults(command=models.main)
 
     describing = commands.add_parser("info", help="print what a bug report needs")
     describing.set_defaults(command=info.main)

@@ -1,48 +1,160 @@
-"""Each pipeline of the zoo gives the same finite latents each time, in as many calls as it says."""
+"""Plans of whole steps on every pipeline of the zoo.
 
-from collections import Counter
+A skipped call is held to what two calls of the same branch gave before. Which call is of which
+branch is found by what it is conditioned on, not by the order in which `ras` counts them.
+"""
+
+import warnings
+from collections import defaultdict
 from functools import wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.oracle import gain, position
 from support.zoo import ENTRIES, REFUSED
 from torch.utils._pytree import tree_leaves
 
+import ras
+from ras.api import session_of
+from ras.families import FAMILIES
+
 STEPS = 8
-REASONS = {"UNet", "discrete", "no scheduler"}
+DENSE = {"sky-reels-forcing", "sky-reels-causal"}  # whose own scheduler nobody steps
+ALL_COMPUTED = {"wan22", "z-image-truncated", "ace-step-interval"}  # first calls of a branch, late
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-def watch(monkeypatch, pipe, names):
-    """Return what counts the calls of the named transformers and of the scheduler's step.
+class Calls:
+    """Notes each call of a pipeline's transformers from outside of them."""
 
-    The scheduler's class is wrapped, as pipelines that copy a scheduler copy its attributes too.
-    """
-    counts = Counter()
-    for name in names:
-        getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: counts.update([name]))
-    step = type(pipe.scheduler).step
+    def __init__(self, monkeypatch, pipe, entry):
+        self.made, self.steps = [], 0
+        models = [getattr(pipe, name) for name in entry.transformers]
+        for model in models:
+            model.register_forward_pre_hook(self.begin, with_kwargs=True)
+            first = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+            first[0].register_forward_pre_hook(self.compute)
+            model.register_forward_hook(self.end)
+        step = type(pipe.scheduler).step
 
-    @wraps(step)
-    def counted(scheduler, *args, **options):
-        counts["steps"] += scheduler is pipe.scheduler
-        return step(scheduler, *args, **options)
+        @wraps(step)
+        def counted(scheduler, *args, **kwargs):
+            self.steps += scheduler is pipe.scheduler
+            return step(scheduler, *args, **kwargs)
 
-    monkeypatch.setattr(type(pipe.scheduler), "step", counted)
-    return counts
+        monkeypatch.setattr(type(pipe.scheduler), "step", counted)
+
+    def begin(self, model, args, kwargs):
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        sums = [(tuple(leaf.shape), leaf.double().abs().sum().item()) for leaf in leaves]
+        texts = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, str | bool)]
+        call = SimpleNamespace(model=id(model), sums=sums, texts=texts)
+        call.computed, call.step = False, self.steps
+        self.made.append(call)
+
+    def compute(self, *_):
+        self.made[-1].computed = True
+
+    def end(self, model, args, output):
+        leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+        self.made[-1].output = [leaf.clone() for leaf in leaves]
+
+    def branches(self):
+        """What each call is conditioned on: those inputs that are the same from step to step."""
+        values, steps = defaultdict(set), defaultdict(set)
+        for call in self.made:
+            call.form = call.model, *(shape for shape, _ in call.sums)
+            steps[call.form].add(call.step)
+            for at, (_, total) in enumerate(call.sums):
+                values[call.form, at].add(total)
+        for call in self.made:
+            constant = [
+                total
+                for at, (_, total) in enumerate(call.sums)
+                if len(values[call.form, at]) < len(steps[call.form])
+            ]
+            call.branch = call.form, tuple(constant), tuple(call.texts)
+
+
+def check_skipped(calls, session):
+    """Each skipped call gives what the last two of its branch lead to."""
+    calls.branches()
+    stages, checked = session.run.clock.stages, 0
+    for at, call in enumerate(calls.made):
+        if call.computed:
+            continue
+        before = [c for c in calls.made[:at] if c.computed and c.branch == call.branch]
+        assert before, "nothing of this branch was computed before"
+        now, last = position(stages[call.step]), before[-1]
+        older = [c for c in before if stages[c.step] != stages[last.step]][-1:]
+        for leaf, (index, kept) in zip(call.output, enumerate(last.output)):
+            expected = kept
+            if older and kept.is_floating_point():
+                t1, t0 = position(stages[last.step]), position(stages[older[0].step])
+                g = gain(abs(now - t1), abs(t1 - t0), session.config.extrapolation).to(kept)
+                expected = kept + g * (kept - older[0].output[index])
+            torch.testing.assert_close(leaf, expected, rtol=1e-4, atol=1e-5)
+            checked += 1
+    return checked
+
+
+def marks(pipe, entry):
+    """The names of all that `ras` or anybody else has put on the objects themselves."""
+    models = [getattr(pipe, name) for name in entry.transformers]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in models]
+    return [sorted(vars(thing)) for thing in (*models, pipe.scheduler)], hooks
+
+
+def same(found, expected):
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_pipeline(name, monkeypatch):
+def test_whole_steps(name, monkeypatch):
     entry = ENTRIES[name]
-    pipe, call = entry.build()
-    counts = watch(monkeypatch, pipe, entry.transformers)
-    first = tree_leaves(call(STEPS))
-    assert counts.pop("steps") == entry.steps(STEPS)
-    assert counts.keys() == set(entry.transformers)
-    assert counts.total() == entry.forwards(STEPS)
-    assert first and all(latents.isfinite().all() for latents in first)
-    second = tree_leaves(call(STEPS))
-    assert len(first) == len(second) and all(map(torch.equal, first, second))
+    pipe, run = entry.build()
+    calls = Calls(monkeypatch, pipe, entry)
+    dense = tree_leaves(run(STEPS))
+    assert dense and all(latents.isfinite().all() for latents in dense)
+    assert len(calls.made) == entry.forwards(STEPS) and calls.steps == entry.steps(STEPS)
+    assert all(call.computed for call in calls.made)
+    before = marks(pipe, entry)
+
+    ras.enable(pipe, speedup=1)
+    assert same(tree_leaves(run(STEPS)), dense)
+    assert ras.stats(pipe).steps_skipped == 0
+
+    ras.enable(pipe)
+    calls.made.clear()
+    calls.steps = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = tree_leaves(run(STEPS))
+    told = [w for w in caught if issubclass(w.category, ras.RASWarning)]
+    stats, session = ras.stats(pipe), session_of(pipe)
+    assert len(calls.made) == entry.forwards(STEPS)
+    assert [f.shape for f in found] == [d.shape for d in dense]
+    assert all(latents.isfinite().all() for latents in found)
+    if name in DENSE:
+        assert len(told) == 1 and same(found, dense) and stats.calls_computed == stats.calls_total
+    else:
+        assert not told and not same(found, dense)
+        steps = session.run.clock.steps
+        assert stats.steps_dense + stats.steps_skipped == steps and not stats.steps_sparse
+        late = name in ALL_COMPUTED
+        assert stats.steps_dense == steps // 2 + late
+        last_run = calls.made[-stats.calls_total :]
+        assert sum(call.computed for call in last_run) == stats.calls_computed
+        if not stats.tokens_total:
+            assert stats.speedup_ceiling == stats.calls_total / stats.calls_computed
+        assert stats.cache_bytes > 0 and stats.runs >= 1 and str(stats)
+        if name not in ("helios", "cosmos", "sd3-heun"):  # several runs, steps taken twice, stages
+            assert check_skipped(calls, session)
+
+    ras.disable(pipe)
+    assert marks(pipe, entry) == before and not ras.is_enabled(pipe)
+    assert same(tree_leaves(run(STEPS)), dense)
 
 
 def test_other_runs():
@@ -55,8 +167,25 @@ def test_other_runs():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
+    """By name and with the reason, before anything is changed."""
     entry = REFUSED[name]
     pipe, call = entry.build()
-    assert entry.note in REASONS
-    assert all(isinstance(getattr(pipe, name), torch.nn.Module) for name in entry.transformers)
+    reason = {"UNet": "a UNet", "discrete": "discrete", "no scheduler": "no scheduler"}[entry.note]
+    for refuse in (ras.enable, lambda pipe: ras.plan(pipe, 8), ras.compile_repeated_blocks):
+        with pytest.raises(ValueError, match=reason) as raised:
+            refuse(pipe)
+        assert type(pipe).__name__ in str(raised.value)
     assert call is None or tree_leaves(call(2))
+
+
+def test_the_table_tells_of_what_is_tested():
+    """Every pipeline of the zoo stands in it, and no other."""
+    listed = {(family.model, pipe) for family in FAMILIES for pipe in family.pipelines}
+    found = set()
+    for entry in ENTRIES.values():
+        pipe, _ = entry.build()
+        model = type(getattr(pipe, entry.transformers[0])).__name__
+        found.add((model, type(pipe).__name__.removesuffix("Pipeline")))
+    assert found == listed
+    dense = {pipe for family in FAMILIES if not family.skips for pipe in family.pipelines}
+    assert dense == {"SkyReelsV2DiffusionForcing"}

@@ -11,7 +11,7 @@ from PIL import Image
 from support import pipelines
 from support.pipelines import Recorder, normal, sd3_inputs
 from support.runs import SCHEDULERS, check_rows, run, steps_of
-from test_undo import Snapshot, check_undone
+from support.snapshot import Snapshot, check_undone
 
 import ras
 from ras.masks import as_mask, masked_regions

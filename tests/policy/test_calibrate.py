@@ -13,7 +13,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from support import pipelines
 from support.pipelines import normal
 from support.runs import Stop, held_like, merged, planned, predicted
-from test_undo import Snapshot, check_undone
+from support.snapshot import Snapshot, check_undone
 
 import ras
 from ras import cli
