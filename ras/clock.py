@@ -105,11 +105,11 @@ def _scale(prediction: str, sigma: float) -> float:
 
 
 def is_set(scheduler: Any) -> bool:
-    """Whether `set_timesteps` has been called: before, the timesteps are those of training."""
+    """Whether `set_timesteps` has been called: before, the timesteps are all those of training."""
+    if getattr(scheduler, "num_inference_steps", 0) is None:
+        return False
     train = scheduler.config.get("num_train_timesteps")
-    if hasattr(scheduler, "num_inference_steps"):
-        return scheduler.num_inference_steps is not None
-    return len(scheduler.timesteps) != train
+    return train is None or len(scheduler.timesteps) < train
 
 
 def read_clock(scheduler: Any, timestep: Tensor | None = None) -> Clock:

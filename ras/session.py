@@ -312,6 +312,8 @@ class Session:
         if not self.config.keep_caches or step == 0:
             for key in [key for key, branch in self._branches.items() if branch.step != step]:
                 del self._branches[key]
+        for branch in self._branches.values():
+            branch.rows = None
 
     # --- what is kept -------------------------------------------------------------------------
 

@@ -25,9 +25,9 @@ APART = ["kernels/test_library.py", "kernels/test_ops.py"]
 OTHERS = {f"kernels/{path.name}" for path in Path(__file__).parent.glob("test_*.py")}
 OTHERS -= {*APART, f"kernels/{Path(__file__).name}"}
 WHOLE_RUNS = [  # with projections into the cache; with norms too; rotary, with grouped queries
-    "test_models.py::test_batch[sizes0-1]",
-    "test_models.py::test_batch[sizes1-1]",
-    "test_models.py::test_lumina[1-8-12-1.0]",
+    "families/test_models.py::test_batch[sizes0-1]",
+    "families/test_models.py::test_batch[sizes1-1]",
+    "families/test_models.py::test_lumina[1-8-12-1.0]",
 ]
 
 

@@ -27,6 +27,7 @@ pytestmark = [
 
 PARTIAL = (1, 1, 0.5, 0, 1, 0.25, 0, 0.5)  # dense, partial and skipped steps
 ENDS_DENSE = (1, 1, 0.5, 0, 0.25, 0, 1, 1)
+WHOLE = (1, 1, 0, 1, 0, 0, 1, 1)
 SAMPLES, REGIONS = 2, 64
 GUIDANCE_OF_LAYERS = dict(
     skip_guidance_layers=[1], skip_layer_guidance_start=0.01, skip_layer_guidance_stop=0.6
@@ -265,26 +266,27 @@ def test_a_preview_decoded_in_a_callback_changes_nothing():
 # --- kept for capture -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, dict(plan=PARTIAL), dict(plan=ENDS_DENSE)], ids=str)
+@pytest.mark.parametrize("plan", [WHOLE, PARTIAL, ENDS_DENSE], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_caches_stay_where_they_are(family, settings):
+def test_kept_caches_stay_where_they_are(family, plan):
     """While decoding and in the next run, also after an interruption; `disable` frees them."""
     pipe, inputs = FAMILIES[family]()
     run(pipe, inputs)
     known = tensors()
 
     def places():
-        """Of keys, values and noise, which have a row for each image token of each branch."""
+        """Of keys, values and noise, which have a row for each image token, or each of a latent."""
         known_ones = set(map(id, known))
         return sorted(
             (tensor.data_ptr(), tensor.nbytes)
             for tensor in tensors()
             if id(tensor) not in known_ones
             and tensor.ndim > 2
-            and (len(tensor), tensor.shape[1] >= REGIONS) == (2 * SAMPLES, True)
+            and len(tensor) in (1, 2 * SAMPLES)
+            and tensor.shape[1] >= REGIONS
         )
 
-    ras.enable(pipe, keep_caches=True, **settings)
+    ras.enable(pipe, keep_caches=True, plan=plan)
     expected = run(pipe, inputs)
     kept, told = places(), ras.stats(pipe).cache_bytes
     assert 0 < sum(nbytes for _, nbytes in kept) <= told

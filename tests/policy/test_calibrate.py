@@ -140,7 +140,7 @@ def test_factors_amount_to_the_models_gains():
     generator = np.random.default_rng(0)
     sigmas = [1, 0.9, 0.8, 0.65, 0.5, 0.3, 0.1, 0]
     wander = generator.normal(size=(7, 7)) * 0.1
-    kernel = covariance(sigmas[:-1], 0.5) + wander @ wander.T
+    kernel = covariance(Clock(tuple(sigmas)), 0.5) + wander @ wander.T
     model = ErrorModel(Clock(tuple(sigmas)).weights, kernel, hold=False)
     shares = (1, 0, 1, 1, 0, 0.5, 0)
     found = calibration.factors(model, sigmas, shares)
@@ -276,7 +276,7 @@ def test_a_calibrated_plans_file(monkeypatch, tmp_path, capsys):
         ceiling = ras.stats(pipe).speedup_ceiling
     assert ceiling == pytest.approx(2, rel=0.03)
 
-    monkeypatch.setattr(cli, "_load", lambda options: pipe)
+    monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
     size = ["--height", "128", "--width", "128", "--steps", str(STEPS)]
     command = ["generate", "a ring", "--out", str(out), "--plan", str(path), "--json", *size]
     capsys.readouterr()

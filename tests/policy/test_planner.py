@@ -102,7 +102,9 @@ def test_the_search_is_exact_where_few_steps_reach_far():
 @pytest.mark.parametrize("steps, pinned", [(28, range(10)), (100, range(20)), (50, range(30, 50))])
 def test_pinned_steps_may_leave_a_long_way_to_go(steps, pinned):
     sigmas = levels(steps)
-    model = ErrorModel(Clock(tuple(sigmas)).weights, covariance(sigmas[:-1], 0.6), hold=False)
+    model = ErrorModel(
+        Clock(tuple(sigmas)).weights, covariance(Clock(tuple(sigmas)), 0.6), hold=False
+    )
     for count in (1, len({0, *pinned})):
         assert model.best(count, pinned) == tuple(sorted({0, *pinned}))
 
@@ -110,8 +112,10 @@ def test_pinned_steps_may_leave_a_long_way_to_go(steps, pinned):
 def test_noise_jumps_below_sigma_0_05():
     """So the end is computed where the rest is good enough for it to matter, and only there."""
     sigmas = (0.9, 0.5, 0.05, 0.025, 0.01)
-    kernel = covariance(sigmas, 0.625)
-    smooth = covariance((0.9, 0.5, 0.05, 0.05, 0.05), 0.625)  # positions stand still at the end
+    kernel = covariance(Clock((*sigmas, 0)), 0.625)
+    smooth = covariance(
+        Clock((0.9, 0.5, 0.05, 0.05, 0.05, 0)), 0.625
+    )  # positions stand still at the end
     jumps = np.diag(kernel - smooth)
     assert np.allclose(jumps, [0, 0, 0, JUMP / 2, JUMP * 0.8])
     assert np.allclose(kernel - np.diag(jumps), smooth)
@@ -124,7 +128,7 @@ def test_noise_jumps_below_sigma_0_05():
 def test_gains_are_the_closed_form(extrapolation):
     """The best linear prediction on the model's covariance is the formula of `ras/clock.py`."""
     sigmas = levels(12)[:-1]
-    kernel = covariance(sigmas, extrapolation)
+    kernel = covariance(Clock((*sigmas, 0)), extrapolation)
     at = [position(sigma) for sigma in sigmas]
     for before, last in ((0, 1), (1, 4), (3, 9)):
         steps = np.arange(last + 1, 12)
