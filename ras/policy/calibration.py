@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -225,6 +226,8 @@ class _Runs:
         self._pipe, self._prompts, self._seed = pipe, prompts, seed
         self._batch_size = batch_size
         self._call = {**call, "num_inference_steps": steps, "output_type": "latent"}
+        # what a pipeline takes first may be an image, or a class
+        self._named = "prompt" in inspect.signature(type(pipe).__call__).parameters
         self._final: list[Tensor] = []
         self._run: Run | None = None
         self._noise: dict[int, Tensor] = {}  # by the stage after it, of that run
@@ -238,7 +241,10 @@ class _Runs:
             seeds = range(self._seed + first, self._seed + first + len(prompts))
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             generator = generators if len(generators) > 1 else generators[0]
-            output = self._pipe(prompts, generator=generator, return_dict=False, **self._call)
+            call = {**self._call, "generator": generator, "return_dict": False}
+            output = (
+                self._pipe(prompt=prompts, **call) if self._named else self._pipe(prompts, **call)
+            )
             found = [leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor)]
             if not found:
                 raise ValueError(

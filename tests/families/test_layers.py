@@ -132,6 +132,19 @@ def test_ip_adapter_is_refused():
     assert not ras.is_enabled(pipe)
 
 
+def test_ip_adapter_with_whole_steps():
+    """Which is what a speed-up alone gets, as they need nothing of a processor."""
+    pipe = pipelines.sd3()
+    pipe.load_ip_adapter(pipelines.ip_adapter(pipe.transformer), image_encoder_folder=None)
+    plain = run(pipe, ip_adapter_call(pipe))
+    with ras.enabled(pipe):
+        result, told = run_noting_warnings(pipe, ip_adapter_call(pipe))
+        stats = ras.stats(pipe)
+    assert not told and (stats.steps_dense, stats.steps_sparse, stats.steps_skipped) == (4, 0, 4)
+    assert result.isfinite().all() and not torch.equal(result, plain)
+    assert torch.equal(run(pipe, ip_adapter_call(pipe)), plain)
+
+
 def test_ip_adapter_loaded_after_enable():
     """Its runs are dense, to the bit, and one warning names it."""
     plain, pipe = pipelines.sd3(), pipelines.sd3()
@@ -154,6 +167,18 @@ def test_pag_pipeline_is_refused():
     with pytest.raises(ValueError, match="PAG"):
         ras.enable(pipe, CONFIG)
     assert not ras.is_enabled(pipe)
+
+
+def test_pag_pipeline_with_whole_steps():
+    pipe = pipelines.sd3(StableDiffusion3PAGPipeline)
+    inputs = sd3_inputs(pipe)
+    plain = run(pipe, inputs, pag_scale=2.0)
+    with ras.enabled(pipe):
+        result, told = run_noting_warnings(pipe, inputs, pag_scale=2.0)
+        stats = ras.stats(pipe)
+    assert not told and (stats.calls_computed, stats.calls_total) == (4, 8)
+    assert result.isfinite().all() and not torch.equal(result, plain)
+    assert torch.equal(run(pipe, inputs, pag_scale=2.0), plain)
 
 
 def test_pag_pipeline_with_an_enabled_transformer():

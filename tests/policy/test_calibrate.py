@@ -11,9 +11,12 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from support import pipelines
+from support.oracle import relative_error
 from support.pipelines import normal
 from support.runs import Stop, held_like, merged, planned, predicted
 from support.snapshot import Snapshot, check_undone
+from support.zoo import ENTRIES
+from torch.utils._pytree import tree_leaves
 
 import ras
 from ras import cli
@@ -290,6 +293,55 @@ def test_a_calibrated_plans_file(monkeypatch, tmp_path, capsys):
         plan.shares.count(0),
     )
     assert report["warnings"] == [] and out.exists()
+
+
+# --- any pipeline ---------------------------------------------------------------------------------
+
+
+def prompted(name):
+    """A pipeline of the zoo that takes prompts, whatever they are."""
+    pipe, draw = ENTRIES[name].build()
+
+    class Prompted(type(pipe)):
+        def __call__(self, *args, prompt=None, num_inference_steps=None, return_dict=True, **call):
+            if prompt is None or args:
+                return super().__call__(
+                    *args,
+                    prompt=prompt,
+                    num_inference_steps=num_inference_steps,
+                    return_dict=return_dict,
+                    **call,
+                )
+            return (draw(num_inference_steps, **call),)
+
+    Prompted.__name__ = type(pipe).__name__
+    pipe.__class__ = Prompted
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flux", "flux-true-cfg", "z-image", "ltx2-three-calls", "wan22", "pixart-ddpm", "cosmos"],
+)
+def test_every_form_of_guidance(name):
+    """One call, two, a batch, three; two transformers, noise that is predicted, double steps."""
+    pipe, prompts = prompted(name), ["a", "b"]
+    plan = ras.calibrate(pipe, prompts, num_inference_steps=STEPS, batch_size=1)
+    assert not ras.is_enabled(pipe) and plan.shares.count(1) == 4 and plan.shares.count(0) == 4
+
+    def draws(**settings):
+        found = []
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            with ras.enabled(pipe, **settings):
+                latents = pipe(prompt="a", num_inference_steps=STEPS, generator=generator)[0]
+            found += [leaf.flatten().double() for leaf in tree_leaves(latents)]
+        return torch.cat(found)
+
+    dense, usual, found = draws(speedup=1), draws(), draws(plan=plan)
+    error = relative_error(found, dense)
+    assert error <= relative_error(usual, dense) * (1 + 1e-6)
+    assert float(re.search(r"latents ([\d.]+)", plan.note)[1]) == pytest.approx(error, abs=1e-4)
 
 
 # --- plan -----------------------------------------------------------------------------------------
