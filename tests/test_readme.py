@@ -5,7 +5,17 @@ from pathlib import Path
 
 import torch
 
+from ras import cli
+
 ROOT = Path(__file__).parent.parent
+
+
+def test_the_table_of_models(capsys):
+    """It is what the command line prints, and what the records say."""
+    assert cli.main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") > 50 and "| WanTransformer3DModel | Wan, " in printed
+    assert f"<!-- models -->\n\n{printed}\n<!-- models -->" in (ROOT / "README.md").read_text()
 
 
 def test_examples_of_the_kernels(capsys):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..jobs.layers import ALONE
+from ..kernels.jobs.layers import ALONE
 from ..tables import NOT_MEASURED, UNMEASURED, grid
 
 OURS = "ras_kernels"

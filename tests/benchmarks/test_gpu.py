@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import jobs
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import environment, goals, parts, table
+from benchmarks.kernels import jobs
 from benchmarks.speed.families import FAMILIES
 
 PARTS = {

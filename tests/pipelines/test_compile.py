@@ -13,7 +13,9 @@ from diffusers import UNet2DModel
 from support import pipelines
 from support.oracle import relative_error
 from support.runs import SHARES, load_lora, loop, lora, run
+from support.zoo import ENTRIES
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import ras
 import ras_kernels
@@ -277,6 +279,24 @@ def test_a_lora_loaded_before():
     ras.enable(pipe, config_of())
     check_runs(pipe, inputs, expected)
     assert len(graphs) == 2 * 3
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen", "z-image", "ltx2"])
+@pytest.mark.parametrize("way", [blocks, whole])
+def test_whole_steps_of_any_transformer(way, name):
+    """One call and two, a list and two tensors: later runs compile nothing."""
+    (pipe, draw), graphs = ENTRIES[name].build(), Graphs()
+    with ras.enabled(pipe):
+        expected = tree_leaves(draw(8))
+    ras.enable(pipe)
+    way(pipe, backend=graphs)
+    found = tree_leaves(draw(8))
+    with recompile_nothing():
+        again = tree_leaves(draw(8))
+    for latents, others, plain in zip(found, again, expected, strict=True):
+        check(latents, plain)
+        assert torch.equal(latents, others)
+    assert 0 < len(graphs) <= 8 and ras.stats(pipe).speedup_ceiling == 2
 
 
 # --- compile_repeated_blocks ----------------------------------------------------------------------
