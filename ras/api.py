@@ -80,10 +80,10 @@ def enable(
             f"a {type(pipe).__name__} has its own scheduler; set pipe.scheduler, and leave "
             "scheduler= to bare transformers"
         )
-    marked = mask if mask is None or mask is False else as_mask(mask)
+    mask = mask if mask is None or mask is False else as_mask(mask)
     families = [(transformer, _family(transformer, pipe)) for transformer in _transformers(model)]
-    session = Session(families, config, scheduler=scheduler, pipe=pipe, mask=marked)
-    wanted = _partial_steps(config, marked)
+    session = Session(families, config, scheduler=scheduler, pipe=pipe, mask=mask)
+    wanted = _partial_steps(config, mask)
     for mount in session.mounts if wanted else ():
         obstacle = mount.obstacle()
         if not mount.family.regions:
@@ -226,8 +226,8 @@ def plan(
         raise ValueError(
             f"{type(scheduler).__name__} does not take {num_inference_steps} steps alone: {error}"
         ) from error
-    marked = None if masked is None else masked.shape[1]
-    return plan_run(config, read_clock(scheduler), layout, marked)
+    count = None if masked is None else masked.shape[1]
+    return plan_run(config, read_clock(scheduler), layout, count)
 
 
 def session_of(model: object) -> Session | None:

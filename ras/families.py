@@ -43,7 +43,7 @@ class Family:
         text: The input that is the text tokens in the same attention.
         whole: An input whose calls compute all tokens, since they leave out layers.
         usual_text: The text tokens of a pipeline's call with its default arguments.
-        positions: What cached keys were rotated by, to be compared; on the CPU.
+        rotary: What cached keys were rotated by, to be compared; on the CPU.
         references: Whether some pipelines have tokens that only condition.
         skips: Whether steps can be skipped.
         note: What the support table says besides.
@@ -61,7 +61,7 @@ class Family:
     text: str | None = None
     whole: str | None = None
     usual_text: Callable[[Any], int] = lambda pipe: 0
-    positions: Callable[[Mapping[str, Any]], Any] = lambda inputs: None
+    rotary: Callable[[Mapping[str, Any]], Any] = lambda inputs: None
     references: bool = False
     skips: bool = True
     note: str = ""
@@ -165,7 +165,7 @@ def _sd3_text(pipe: Any) -> int:
     return pipe.tokenizer_max_length + t5_tokens
 
 
-def _lumina_positions(inputs: Mapping[str, Any]) -> Any:
+def _lumina_rotary(inputs: Mapping[str, Any]) -> Any:
     """The table's last entry, which tells the two tables of a run apart (`scaling_watershed`).
 
     The pipeline makes them on the CPU, so that nothing waits for the GPU here.
@@ -196,7 +196,7 @@ FAMILIES = (
         enter="patch_embedder",
         entered=(0, 3),
         leave="norm_out",
-        positions=_lumina_positions,
+        rotary=_lumina_rotary,
     ),
     Family("AceStepTransformer1DModel", ("AceStep",)),
     Family("AllegroTransformer3DModel", ("Allegro",)),

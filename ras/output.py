@@ -84,13 +84,13 @@ class HeldTokens:
         begun, self.begun = self.begun, True
         if self._since is None or self._gap is None:
             return None
-        place = position(sigma)
+        now = position(sigma)
         if begun:
             since = read(self._since, rows)  # of all rows itself, so that the gap comes first
-            write(self._gap, rows, place - since)
-            write(self._since, rows, torch.full_like(since, place))
+            write(self._gap, rows, now - since)
+            write(self._since, rows, torch.full_like(since, now))
         else:
-            self._since.fill_(place)
+            self._since.fill_(now)
         return None if rows is None else self.gain(sigma, extrapolation)
 
     def merge(self, fresh: Tensor, rows: Tensor | None, gain: Tensor | None) -> Tensor:

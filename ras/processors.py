@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ras_kernels
 
-from .projections import Projection, Rows, finished, keys_and_values
+from .projections import Projected, Projection, finished, keys_and_values
 from .site import RASAttnProcessor
 
 
@@ -71,7 +71,7 @@ class SD3AttnProcessor(RASAttnProcessor):
 
 def _image_projections(
     attn: Attention, hidden_states: Tensor, fused: bool
-) -> tuple[Tensor, Rows | Projection]:
+) -> tuple[Tensor, Projected | Projection]:
     if fused:  # diffusers' fused processor leaves the norms out
         return _split(attn, attn.to_qkv(hidden_states))
     query = finished(attn.to_q(hidden_states), attn.heads, attn.norm_q)
@@ -80,7 +80,7 @@ def _image_projections(
 
 def _text_projections(
     attn: Attention, hidden_states: Tensor, fused: bool
-) -> tuple[Tensor, Rows | Projection]:
+) -> tuple[Tensor, Projected | Projection]:
     if fused:
         return _split(attn, attn.to_added_qkv(hidden_states))
     heads = attn.heads
@@ -89,12 +89,12 @@ def _text_projections(
     return query, keys_and_values(hidden_states, *layers, heads, attn.norm_added_k)
 
 
-def _split(attn: Attention, projected: Tensor) -> tuple[Tensor, Rows]:
+def _split(attn: Attention, projected: Tensor) -> tuple[Tensor, Projected]:
     """The query, and key and value, from one projection, `(B, n, 3 * H * D)`."""
     query, key, value = (
         rearrange(part, "b n (h d) -> b n h d", h=attn.heads) for part in projected.chunk(3, dim=-1)
     )
-    return query, Rows(key, value)
+    return query, Projected(key, value)
 
 
 def _out(attn: Attention, output: Tensor) -> Tensor:

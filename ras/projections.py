@@ -29,7 +29,7 @@ NORMS = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class Projected:
     """Keys and values, `(B, n, G, D)` each, of some tokens.
 
     Attributes:
@@ -74,7 +74,7 @@ class Projection:
     to_value: nn.Linear
 
     def put(self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None) -> None:
-        """Write them to rows of the caches, see `Rows.put`."""
+        """Write them to rows of the caches, see `Projected.put`."""
         key_changes, value_changes = (None, None) if changes is None else changes
         ras_kernels.linear_scatter_(
             *kept,
@@ -124,7 +124,7 @@ def keys_and_values(
     *,
     across_heads: bool = False,
     rotary: Tensor | None = None,
-) -> Rows | Projection:
+) -> Projected | Projection:
     """Keys and values of tokens, `(B, n, C)`, or what is needed to make them.
 
     See `finished` for the other arguments.
@@ -135,8 +135,8 @@ def keys_and_values(
     key, value = to_key(tokens), _heads(to_value(tokens), heads)
     finish = _finish(key, norm, across_heads, rotary)
     if finish:
-        return Rows(_heads(key, heads), value, finish)
-    return Rows(_by_modules(key, heads, norm, across_heads, rotary), value)
+        return Projected(_heads(key, heads), value, finish)
+    return Projected(_by_modules(key, heads, norm, across_heads, rotary), value)
 
 
 def _by_modules(

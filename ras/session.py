@@ -24,9 +24,9 @@ from .run import Run
 from .site import Walk
 from .stats import Stats, Tally
 
-MOST_CALLS = 4
-"""Calls of one form in a step: no pipeline's guidance makes more, so that further ones tell that
-steps are not seen."""
+MOST_CALLS = 4, 16
+"""Calls in a step, of one form and in all: no pipeline's guidance makes more, so that further ones
+tell that steps are not seen."""
 
 
 class RASWarning(UserWarning):
@@ -181,19 +181,20 @@ class Session:
     def _call(self, run: Run, mount: Mount, layout: Layout, inputs: dict[str, Any]) -> Call | None:
         """The call under way, its branch and what walks; None where all is dense."""
         regions = run.planned.partial and self._regions(mount)
-        positions = mount.family.positions(inputs) if regions else None
-        form = id(mount), form_of(inputs), _compute_dtype(inputs), positions, regions
+        rotary = mount.family.rotary(inputs) if regions else None
+        form = id(mount), form_of(inputs), _compute_dtype(inputs), rotary, regions
         ordinal = run.calls[form]
         run.calls[form] += 1
         if run.planned.dense or not run.observed:
             return None
-        if ordinal >= MOST_CALLS:
+        calls = run.calls.total()
+        if ordinal >= MOST_CALLS[0] or calls > MOST_CALLS[1]:
             self._forget()
             run.observed = False
             self._warn(
                 "unseen",
-                f"the transformer was called {ordinal + 1} times with no step of the enabled "
-                "scheduler between, so that the run is dense: hand the noise to that scheduler",
+                f"the transformer was called {calls} times with no step of the enabled scheduler "
+                "between, so that the run is dense: hand the noise to that scheduler",
             )
             return None
         branch = self._branches.setdefault((*form, ordinal), Branch())
@@ -310,8 +311,8 @@ class Session:
         """Free those not called in a step: guidance has ended, or another transformer goes on."""
         self._note_bytes()
         if not self.config.keep_caches or step == 0:
-            for key in [key for key, branch in self._branches.items() if branch.step != step]:
-                del self._branches[key]
+            called = {name: each for name, each in self._branches.items() if each.step == step}
+            self._branches = called
         for branch in self._branches.values():
             branch.rows = None
 

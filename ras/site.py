@@ -12,7 +12,7 @@ from torch import Tensor
 import ras_kernels
 
 from .output import HeldTokens
-from .projections import KeyValue, Projection, Rows
+from .projections import KeyValue, Projected, Projection
 from .tokens import room
 
 
@@ -76,7 +76,7 @@ class KVCache:
             self._changes = changes
 
     def update(
-        self, image: Rows | Projection, text: Rows | Projection | None, walk: Walk
+        self, image: Projected | Projection, text: Projected | Projection | None, walk: Walk
     ) -> KeyValue:
         """Write this step's keys and values and return those of all tokens.
 

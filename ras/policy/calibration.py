@@ -198,8 +198,8 @@ def neighbours(
             free = sorted(
                 (s for s in range(1, n) if shares[s] == SKIP), key=lambda s: abs(s - step)
             )
-            for place in free[: count - 1]:
-                plan[place] = size
+            for other in free[: count - 1]:
+                plan[other] = size
             split.add(tuple(plan))
 
     def error(plan: tuple[float, ...]) -> float:

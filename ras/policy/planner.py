@@ -149,7 +149,7 @@ def plan_speedup(
     dense = model.best(count, pinned)
     shares = [DENSE if step in dense else SKIP for step in range(model.steps)]
     for size in partial[: model.steps - len(dense)]:
-        place(model, shares, size, pinned)
+        add_partial(model, shares, size, pinned)
     return Plan(tuple(shares))
 
 
@@ -183,7 +183,9 @@ def plan_masked(
     return Plan(tuple(shares))
 
 
-def place(model: ErrorModel, shares: list[float], share: float, pinned: Collection[int]) -> None:
+def add_partial(
+    model: ErrorModel, shares: list[float], share: float, pinned: Collection[int]
+) -> None:
     """Put a partial step where it serves best: into a skipped step, or trading with a dense one.
 
     Of the error that a dense step would take away, a partial one is taken to leave
@@ -216,11 +218,11 @@ def _with_mask(plan: Plan, config: RASConfig, masked_tokens: int | None, layout:
     if masked_tokens is None:
         return plan
     share = masked_tokens / layout.tokens
-    room = config.metric == "drift"
+    others = config.metric == "drift"  # more than the masked ones may be chosen
     return replace(
         plan,
         shares=tuple(
-            value if value in (SKIP, DENSE) else max(value, share) if room else share
+            value if value in (SKIP, DENSE) else max(value, share) if others else share
             for value in plan.shares
         ),
     )

@@ -48,17 +48,17 @@ class Selection:
             if rows is None:
                 self._ages = None
             return
-        place = position(sigma)
+        now = position(sigma)
         if self._noise is None or self._noise.shape != noise.shape:
             if rows is not None:
                 return
             self._noise = normal_empty(noise.shape, noise.dtype, noise.device).copy_(noise)
             self._pace = normal_empty(noise.shape[:2], torch.float32, noise.device).fill_(0)
-            self._since = normal_empty(noise.shape[:2], torch.float32, noise.device).fill_(place)
+            self._since = normal_empty(noise.shape[:2], torch.float32, noise.device).fill_(now)
             return
         assert self._pace is not None and self._since is not None
         noise = noise.to(self._noise.dtype)  # loops by hand may mix them
-        ras_kernels.update_drift_(self._noise, self._pace, self._since, rows, noise, position=place)
+        ras_kernels.update_drift_(self._noise, self._pace, self._since, rows, noise, position=now)
 
     def choose(
         self, noise: Tensor, count: int, sigma: float, masked: Tensor | None = None

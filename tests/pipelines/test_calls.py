@@ -19,6 +19,7 @@ from support.runs import (
 )
 
 import ras
+from ras.api import session_of
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -228,6 +229,23 @@ def test_autocast_that_begins_in_mid_run(monkeypatch):
     with ras.enabled(pipe, plan=(1, 1, 0.5, 0.5, 0.5, 1, 0.5, 1)):
         assert run(pipe, inputs).isfinite().all()
         assert steps_of(pipe) == (5, 3)
+
+
+@pytest.mark.parametrize("lengths, calls", [((12,) * 8, 5), (range(1, 21), 17)])
+def test_calls_that_no_step_follows(lengths, calls):
+    """Of one form or of many: all are computed, and soon nothing is kept of them."""
+    pipe, scheduler = pipelines.sd3(), pipelines.euler()
+    plain = pipelines.sd3().transformer
+    ras.enable(pipe.transformer, scheduler=scheduler)
+    scheduler.set_timesteps(8)
+    with pytest.warns(ras.RASWarning, match=f"called {calls} times with no step"):
+        for length in lengths:
+            x = sd3_inputs(pipe, text=length)
+            call = x["latents"], x["prompt_embeds"], x["pooled_prompt_embeds"], torch.ones(1)
+            assert torch.equal(pipe.transformer(*call).sample, plain(*call).sample)
+    stats = ras.stats(pipe.transformer)
+    assert stats.calls_computed == stats.calls_total == len(lengths)
+    assert not session_of(pipe.transformer)._branches and len(stats.warnings) == 1
 
 
 # --- warnings -------------------------------------------------------------------------------------
