@@ -157,6 +157,50 @@ def test_whole_steps(name, monkeypatch):
     assert same(tree_leaves(run(STEPS)), dense)
 
 
+@pytest.mark.parametrize("name", ["flux", "wan", "longcat-audio"])
+def test_a_bare_transformer(name):
+    """With its scheduler it is what the pipeline is."""
+    pipe, run = ENTRIES[name].build()
+    with ras.enabled(pipe):
+        expected = tree_leaves(run(STEPS))
+    with ras.enabled(pipe.transformer, scheduler=pipe.scheduler):
+        assert same(tree_leaves(run(STEPS)), expected)
+        assert ras.stats(pipe.transformer).steps_skipped == STEPS // 2
+    with pytest.raises(ValueError, match="scheduler="):
+        ras.enable(pipe.transformer)
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [("mask", torch.ones(8, 8)), ("sample_ratio", 0.5), ("plan", (1, 0.5, 1, 0))],
+)
+def test_partial_steps_are_refused_where_there_are_none(setting, value):
+    pipe, _ = ENTRIES["flux"].build()
+    before = marks(pipe, ENTRIES["flux"])
+    with pytest.raises(ValueError, match=rf"{setting}=.*FluxPipeline.*speedup="):
+        ras.enable(pipe, **{setting: value})
+    assert marks(pipe, ENTRIES["flux"]) == before
+    ras.enable(pipe, speedup=3, error_reset_steps=(5,), mask=False)
+    assert ras.plan(pipe, STEPS).plan.shares.count(1) == 3
+
+
+@pytest.mark.parametrize("steps, speedup, dense", [(8, 3, 3), (7, 2, 4), (5, 50, 1), (28, 1.5, 19)])
+def test_the_nearest_number_of_whole_steps(steps, speedup, dense):
+    """With a warning where it is not near."""
+    pipe, run = ENTRIES["flux"].build()
+    ras.enable(pipe, speedup=speedup)
+    planned = ras.plan(pipe, steps)
+    assert planned.plan.shares.count(1) == dense and set(planned.plan.shares) == {0, 1}
+    assert planned.speedup == steps / dense and "whole outputs" in str(planned)
+    far = abs(planned.speedup / speedup - 1) > 0.03
+    assert (planned.warning is not None) == far
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(steps)
+    assert any(issubclass(w.category, ras.RASWarning) for w in caught) == far
+    assert ras.stats(pipe).steps_dense == dense
+
+
 def test_other_runs():
     _, call = ENTRIES["flux-true-cfg"].build()
     latents = call(STEPS)
