@@ -15,8 +15,8 @@ from diffusers.modular_pipelines import ModularPipeline
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import Tensor, nn
 
-from .clock import read_clock
-from .config import RASConfig
+from .clock import Clock, read_clock
+from .config import RASConfig, check_count
 from .families import Family, family_of
 from .layout import Layout
 from .masks import as_mask
@@ -185,20 +185,33 @@ def plan(
 ) -> RunPlan:
     """Plan what each step of a run would compute, before anything runs; `print` shows it.
 
+    Noise levels are those that the scheduler has for so many steps. Many pipelines hand it others:
+    an enabled one that has made a run of so many steps is planned by the levels of that.
+
     Args:
         model: A pipeline, enabled (its settings count) or not (`RASConfig()` does); or settings,
             for which Stable Diffusion 3 at 1024 x 1024 pixels with its default scheduler is taken.
         num_inference_steps: Solver steps.
-        height, width: Of the image in pixels; the model's own size if None.
+        height, width: Of the image in pixels; the model's own size if None. They count where
+            there are partial steps.
         text_tokens: Text tokens that walk with the image; what the pipeline's defaults give if
             None.
 
     Raises:
-        TypeError: Neither a pipeline nor settings.
-        ValueError: The pipeline is not supported, or its scheduler takes no number of steps alone.
+        TypeError: Neither a pipeline nor settings, or no whole numbers.
+        ValueError: A number out of its range, a pipeline that is not supported, or one whose
+            scheduler takes no number of steps alone.
     """
+    check_count("num_inference_steps", num_inference_steps)
+    for name, size in (("height", height), ("width", width)):
+        if size is not None:
+            check_count(name, size)
+    if text_tokens is not None:
+        check_count("text_tokens", text_tokens, 0)
     if isinstance(model, RASConfig):
-        config, masked = model, None
+        if height or width:
+            raise ValueError("height and width are a pipeline's; settings have 1024 x 1024 pixels")
+        config, session, masked = model, None, None
         scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
         layout = Layout((64, 64), 333)
     elif not isinstance(model, PIPELINES):
@@ -208,26 +221,37 @@ def plan(
         transformer: Any = _transformers(pipe)[0]
         family, session = _family(transformer, pipe), Session.of(transformer)
         config = RASConfig() if session is None else session.config
-        scheduler, layout = copy.deepcopy(pipe.scheduler), Layout()
+        scheduler, layout = pipe.scheduler, Layout()
         if family.regions:
-            size = transformer.config.sample_size * pipe.vae_scale_factor
+            own = transformer.config.sample_size * pipe.vae_scale_factor
             patch = transformer.config.patch_size * pipe.vae_scale_factor
-            layout = Layout(
-                ((height or size) // patch, (width or size) // patch), family.usual_text(pipe)
-            )
+            grid = (height or own) // patch, (width or own) // patch
+            layout = Layout(grid, family.usual_text(pipe))
         masked = None if session is None else session.masked(layout)
     if text_tokens is not None:
         layout = dataclasses.replace(layout, text=text_tokens)
-    dynamic = scheduler.config.get("use_dynamic_shifting")
-    shift = {"mu": scheduler.config.base_shift} if dynamic else {}  # pipelines' own at base_seq_len
+    last = None if session is None or session.run is None else session.run.clock
+    clock = (
+        last
+        if last and last.steps == num_inference_steps
+        else _clock(scheduler, num_inference_steps)
+    )
+    return plan_run(config, clock, layout, None if masked is None else masked.shape[1])
+
+
+def _clock(scheduler: Any, steps: int) -> Clock:
+    """The clock of a run of so many steps. Raises ValueError where it takes more to say so."""
+    scheduler, options = copy.deepcopy(scheduler), {}
+    if scheduler.config.get("use_dynamic_shifting"):
+        options["mu"] = scheduler.config.base_shift  # what pipelines have at base_seq_len
+    if "intermediate_timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+        options["intermediate_timesteps"] = None
     try:
-        scheduler.set_timesteps(num_inference_steps, **shift)
+        scheduler.set_timesteps(steps, **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{type(scheduler).__name__} does not take {num_inference_steps} steps alone: {error}"
-        ) from error
-    count = None if masked is None else masked.shape[1]
-    return plan_run(config, read_clock(scheduler), layout, count)
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} does not take {steps} steps alone: {error}") from error
+    return read_clock(scheduler)
 
 
 def session_of(model: object) -> Session | None:
@@ -290,13 +314,17 @@ def _transformers(model: object) -> list[nn.Module]:
             raise TypeError(
                 f"expected a DiffusionPipeline or a transformer, got {type(model).__name__}"
             )
+        if not hasattr(found, "config"):
+            name = type(found).__name__
+            raise TypeError(f"expected a pipeline or a transformer of diffusers, got {name}")
         if _is_unet(found):
             raise ValueError(
                 f"{type(found).__name__} is not supported: it is a UNet, no transformer"
             )
         return [found]
-    name, parts = type(model).__name__, _components(model)
-    scheduler = getattr(model, "scheduler", None)
+    pipe: Any = model
+    name, parts = type(pipe).__name__, pipe.components
+    scheduler = getattr(pipe, "scheduler", None)
     denoisers = [
         getattr(part, "_orig_mod", part)
         for role, part in parts.items()
@@ -318,10 +346,6 @@ def _transformers(model: object) -> list[nn.Module]:
             "what a step predicts cannot be carried on"
         )
     return denoisers
-
-
-def _components(pipe: Any) -> dict[str, Any]:
-    return pipe.components
 
 
 def _is_unet(part: object) -> bool:

@@ -105,11 +105,15 @@ def _scale(prediction: str, sigma: float) -> float:
 
 
 def is_set(scheduler: Any) -> bool:
-    """Whether `set_timesteps` has been called: before, the timesteps are all those of training."""
-    if getattr(scheduler, "num_inference_steps", 0) is None:
-        return False
-    train = scheduler.config.get("num_train_timesteps")
-    return train is None or len(scheduler.timesteps) < train
+    """Whether `set_timesteps` has been called for a run.
+
+    Before, some schedulers have no number of steps, others that of training (of some hundreds).
+    """
+    train = scheduler.config.get("num_train_timesteps") or 0
+    timesteps = getattr(scheduler, "timesteps", None)
+    count = None if timesteps is None else len(timesteps)
+    steps = getattr(scheduler, "num_inference_steps", count)
+    return None not in (steps, count) and (steps != train or train < 100)
 
 
 def read_clock(scheduler: Any, timestep: Tensor | None = None) -> Clock:
@@ -119,13 +123,14 @@ def read_clock(scheduler: Any, timestep: Tensor | None = None) -> Clock:
 
     Args:
         scheduler: Any of diffusers' that adds no noise levels of its own between `timesteps`.
-        timestep: What the transformer is called with first, for a scheduler that has no
-            `begin_index`: where a run begins that leaves out some of the first timesteps.
+        timestep: What the transformer is called with first, for a scheduler that has not been
+            told its `begin_index`: where a run begins that leaves out the first timesteps. 0 is
+            taken where the transformer is told the time in other units.
     """
     stages, prediction = _stages(scheduler)
-    begin = getattr(scheduler, "begin_index", None) or 0
-    if not hasattr(scheduler, "begin_index") and timestep is not None:
-        begin = _index_of(timestep, scheduler.timesteps)
+    begin = getattr(scheduler, "begin_index", None)
+    if begin is None:
+        begin = 0 if timestep is None else _index_of(timestep, scheduler.timesteps)
     return Clock(tuple(stages[begin:]), getattr(scheduler, "order", None) or 1, prediction)
 
 

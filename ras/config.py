@@ -128,13 +128,13 @@ class RASConfig:
             )
         for name in ("scheduler_start_step", "scheduler_end_step"):
             if getattr(self, name) is not None:
-                _step(name, getattr(self, name))
+                check_count(name, getattr(self, name), 0)
         for name in ("kv_correction", "reuse_text", "keep_caches"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _step("mask_margin", self.mask_margin)
+        check_count("mask_margin", self.mask_margin, 0)
         _whole("skip_num_step", self.skip_num_step)
-        _step("skip_num_step_length", self.skip_num_step_length)
+        check_count("skip_num_step_length", self.skip_num_step_length, 0)
         if self.skip_num_step and not self.skip_num_step_length:
             raise ValueError(
                 f"skip_num_step={self.skip_num_step} needs skip_num_step_length, the number of "
@@ -167,21 +167,22 @@ def _number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise TypeError or ValueError, with the name, unless it is a whole number from `least` on."""
+    _whole(name, value)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+
+
 def _whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
-def _step(name: str, value: int) -> None:
-    _whole(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value!r}")
-
-
 def _reset(value: int | float) -> None:
     _number("error_reset_steps", value)
     if isinstance(value, Integral):
-        _step("error_reset_steps", int(value))
+        check_count("error_reset_steps", int(value), 0)
     elif not 0 < value < 1:
         raise ValueError(
             f"error_reset_steps holds {value!r}, which is neither a whole step nor a fraction of "

@@ -137,8 +137,9 @@ class Mount:
         if call is not None:
             for layer in self._layers:
                 layer.use(None)
-        # A call that failed may not have come that far; one may have switched us off.
-        if output is not None and self._forward is not None:
+        if output is None:  # it failed, maybe before it came to anything
+            self._session.call_failed()
+        elif self._forward is not None:  # unless the call has switched us off
             self._forward.after_call()
             if call is not None:
                 call.end(output)

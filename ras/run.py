@@ -54,8 +54,8 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether all solver steps are done."""
-        return self.step >= self.clock.steps
+        """Whether all stages are done; Heun's last step has but one."""
+        return self.stage >= len(self.clock.stages) - 1
 
     @property
     def sigma(self) -> float:

@@ -292,7 +292,7 @@ class Session:
                 run.selection = Selection(self.config, mount.family.pixels(mount.transformer))
             rows = None if run.leader.rows is None else run.active
             run.selection.observe(tokens, rows, sigma)
-        if run.step == step:
+        if run.step == step and not run.over:
             return  # a second-order step is not done before its second stage
         run.active = None
         self._let_go_of_branches(step)
@@ -315,6 +315,14 @@ class Session:
             self._branches = called
         for branch in self._branches.values():
             branch.rows = None
+            if branch.step != step:
+                branch.forget()
+
+    def call_failed(self) -> None:
+        """Reuse nothing, as there is no telling how far a call came; it does not count as made."""
+        self._forget()
+        if self.run is not None:
+            self.run.calls.clear()
 
     # --- what is kept -------------------------------------------------------------------------
 

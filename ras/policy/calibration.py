@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..api import enabled, is_enabled, session_of
 from ..clock import Clock, carried, position
-from ..config import DEFAULT_SPEEDUP, RASConfig
+from ..config import DEFAULT_SPEEDUP, RASConfig, check_count
 from ..layout import Layout
 from ..mount import StepWatch
 from ..plan import DENSE, SKIP, Plan
@@ -72,19 +72,31 @@ def calibrate(
         The plan, for `ras.enable(pipe, plan=…)`; `save` keeps it.
 
     Raises:
-        ValueError: No prompts, an enabled pipeline, a pipeline that RAS does not support or that
-            returns no latents, or a checkpoint of another calibration.
+        TypeError: An argument of a wrong type.
+        ValueError: A number out of its range, no prompts, an enabled pipeline, one that RAS does
+            not support or that returns no latents, or a checkpoint of another calibration.
     """
+    if not callable(pipe) or isinstance(pipe, nn.Module):
+        raise TypeError(f"calibrate takes a pipeline, got {type(pipe).__name__}")
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of texts, got the text {prompts!r}")
     prompts = list(prompts)
     if not prompts:
         raise ValueError("calibrate needs at least one prompt")
-    if is_enabled(pipe):
-        raise ValueError("calibrate needs the pipeline as it is; call ras.disable(pipe) first")
+    check_count("num_inference_steps", num_inference_steps)
+    check_count("batch_size", batch_size)
+    if config is not None and not isinstance(config, RASConfig):
+        raise TypeError(f"config must be a RASConfig, got {config!r}")
+    config = replace(config or RASConfig(), speedup=speedup, sample_ratio=None, plan=None)
+    if not isinstance(shares, Sequence) or isinstance(shares, str):
+        raise TypeError(f"shares must be a list of numbers, got {shares!r}")
     for share in shares:
         if not 0 < share < 1:
             raise ValueError(f"shares must be in (0, 1), got {share!r}")
+    if is_enabled(pipe):
+        raise ValueError("calibrate needs the pipeline as it is; call ras.disable(pipe) first")
     runs = _Runs(pipe, prompts, num_inference_steps, batch_size, seed, call)
-    key = [prompts, speedup, num_inference_steps, list(shares), seed, str(config), str(call)]
+    key = [prompts, speedup, num_inference_steps, list(shares), seed, str(config), str(call), 2]
     log = _Log(None if checkpoint is None else Path(checkpoint), json.dumps(key))
     bar = diffusers_logging.tqdm(total=len(runs) * (4 + ROUNDS * TRIED), desc="calibrating")
 
@@ -92,7 +104,7 @@ def calibrate(
     stages, order, prediction = measured["clock"]
     clock = Clock(tuple(stages), order, prediction)
     layout = Layout(tuple(measured["grid"]), measured["text"])
-    config = replace(config or RASConfig(), speedup=None, sample_ratio=None, plan=None)
+    config = replace(config, speedup=None)
     kernel = np.array(measured["kernel"])
     model = ErrorModel(clock.weights, kernel, hold=config.extrapolation == 0)
     usual = plan_run(replace(config, speedup=speedup), clock, layout).plan

@@ -8,14 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 from string import ascii_lowercase
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
 from PIL import Image
 from support import pipelines
+from support.zoo import ENTRIES
 from transformers import CLIPTokenizer
 
 import ras
@@ -352,3 +360,40 @@ def test_version(capsys):
         cli.main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"ras {ras.__version__}\n"
+
+
+class OfImages(FluxPipeline):
+    """A pipeline without partial steps, that takes prompts and returns pictures."""
+
+    def __call__(self, prompt=None, num_inference_steps=None, generator=None, **call):
+        if prompt is None:
+            call |= dict(num_inference_steps=num_inference_steps, generator=generator)
+            return super().__call__(**call)
+        latents = self.draw(num_inference_steps, generator=generator)
+        grey = latents[0].norm(dim=1).mul(20).byte().reshape(8, 8).numpy()
+        return SimpleNamespace(images=[Image.fromarray(grey).convert("RGB").resize((64, 64))])
+
+
+def test_a_model_without_partial_steps(tmp_path, monkeypatch, capsys):
+    """Calls are counted in the place of tokens, and the map is of the image as a whole."""
+    pipe, draw = ENTRIES["flux"].build()
+    pipe.__class__, pipe.draw = OfImages, draw
+    monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
+    out = tmp_path / "out.png"
+    with torch.no_grad():
+        assert cli.main(["generate", "a ring", "--steps", "8", "--out", str(out)]) == 0
+        assert "50% of the transformer's calls" in capsys.readouterr().out and out.exists()
+        assert cli.main(["generate", "a ring", "--steps", "8", "--out", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["calls_computed"], report["calls_total"]) == (4, 8)
+    assert report["tokens_total"] == 0 and report["speedup_ceiling"] == 2
+
+
+def test_a_model_of_something_else_than_images(tmp_path, monkeypatch, capsys):
+    pipe, _ = ENTRIES["flux"].build()
+    pipe.__class__ = type(
+        "Sound", (FluxPipeline,), {"__call__": lambda *_, **__: SimpleNamespace()}
+    )
+    monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
+    assert cli.main(["generate", "a ring", "--out", str(tmp_path / "out.png")]) == 2
+    assert "Sound makes no images" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from support import pipelines
+from support.oracle import relative_error
 from support.pipelines import Recorder, sd3_inputs
 from support.runs import (
     CONFIG,
     SPARSE,
     Stop,
+    by_keyword,
     check,
     check_run,
     fresh,
@@ -229,6 +231,38 @@ def test_autocast_that_begins_in_mid_run(monkeypatch):
     with ras.enabled(pipe, plan=(1, 1, 0.5, 0.5, 0.5, 1, 0.5, 1)):
         assert run(pipe, inputs).isfinite().all()
         assert steps_of(pipe) == (5, 3)
+
+
+@pytest.mark.parametrize("plan", [(1, 0.5, 0, 1, 0.5, 0, 1, 0), (1, 0, 0, 1, 0, 0, 1, 0)])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_call_that_is_made_again(plan, at):
+    """As by a loop that runs out of memory: nothing of the call that failed is reused."""
+    pipe, scheduler = pipelines.sd3(), pipelines.euler()
+    inputs, calls = sd3_inputs(pipe), iter(range(100))
+
+    def stop(module, args):
+        if next(calls) == at:
+            raise Stop
+
+    def again(transformer, *args):
+        try:
+            return by_keyword(transformer, *args)
+        except Stop:
+            return by_keyword(transformer, *args)
+
+    dense = loop(pipe.transformer, scheduler, inputs)
+    ras.enable(pipe.transformer, plan=plan, scheduler=scheduler)
+    expected = loop(pipe.transformer, scheduler, inputs)
+    hook = pipe.transformer.proj_out.register_forward_pre_hook(stop)
+    found = loop(pipe.transformer, scheduler, inputs, call=again)
+    stats = ras.stats(pipe.transformer)
+    hook.remove()
+    assert stats.steps_skipped == plan.count(0) and stats.calls_total == len(plan) + 1
+    if at == 0:
+        assert torch.equal(found, expected)
+    # noise of nothing, which what failed leaves behind, would be further off than any reuse
+    assert relative_error(found, dense) < 2 * relative_error(expected, dense)
+    assert torch.equal(loop(pipe.transformer, scheduler, inputs), expected)
 
 
 @pytest.mark.parametrize("lengths, calls", [((12,) * 8, 5), (range(1, 21), 17)])

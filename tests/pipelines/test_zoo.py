@@ -148,13 +148,30 @@ def test_whole_steps(name, monkeypatch):
         assert sum(call.computed for call in last_run) == stats.calls_computed
         if not stats.tokens_total:
             assert stats.speedup_ceiling == stats.calls_total / stats.calls_computed
+        assert not session._branches  # freed by the last step, before anything is decoded
         assert stats.cache_bytes > 0 and stats.runs >= 1 and str(stats)
-        if name not in ("helios", "cosmos", "sd3-heun"):  # several runs, steps taken twice, stages
+        assert name == "flux-img2img" or ras.plan(pipe, STEPS).plan == stats.plan
+        if name not in ("helios", "cosmos", "sd3-heun"):  # several runs, steps taken twice, Heun
             assert check_skipped(calls, session)
 
     ras.disable(pipe)
     assert marks(pipe, entry) == before and not ras.is_enabled(pipe)
     assert same(tree_leaves(run(STEPS)), dense)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_plan_before_any_run(name):
+    """Of as many steps, and nothing is changed; places are the run's own if the scheduler's are."""
+    pipe, run = ENTRIES[name].build()
+    timesteps = pipe.scheduler.timesteps
+    planned = ras.plan(pipe, STEPS)
+    assert pipe.scheduler.timesteps is timesteps and planned.warning is None
+    assert planned.plan.shares.count(1) == planned.plan.shares.count(0) == STEPS // 2
+    assert planned.speedup == 2 and f"step {STEPS - 1:3}" in str(planned)
+    if name in ("wan", "sana", "cogvideox", "pixart-dpm", "sana-sprint", "stable-audio"):
+        with ras.enabled(pipe):
+            run(STEPS)
+            assert ras.stats(pipe).plan == planned.plan
 
 
 @pytest.mark.parametrize("name", ["flux", "wan", "longcat-audio"])

@@ -419,3 +419,47 @@ def test_plan_takes_a_pipeline_or_settings():
     for wrong in (pipelines.sd3().transformer, 2.5, normal(1)):
         with pytest.raises((TypeError, ValueError)):
             ras.plan(wrong, 28)
+
+
+@pytest.mark.parametrize(
+    "error, call, named",
+    [
+        (ValueError, dict(num_inference_steps=0), "num_inference_steps.*0"),
+        (TypeError, dict(num_inference_steps=True), "num_inference_steps.*True"),
+        (TypeError, dict(num_inference_steps=8.0), "num_inference_steps.*8.0"),
+        (ValueError, dict(text_tokens=-1), "text_tokens.*-1"),
+        (ValueError, dict(height=-5), "height.*-5"),
+        (TypeError, dict(width="64"), "width.*64"),
+    ],
+)
+def test_what_a_plan_cannot_be_of(error, call, named):
+    with pytest.raises(error, match=named):
+        ras.plan(build(), **{"num_inference_steps": 8, **call})
+
+
+def test_settings_have_a_size_of_their_own():
+    with pytest.raises(ValueError, match="1024 x 1024"):
+        ras.plan(ras.RASConfig(), 8, height=512)
+
+
+@pytest.mark.parametrize(
+    "error, options, named",
+    [
+        (TypeError, dict(prompts="ab"), "list of texts.*ab"),
+        (ValueError, dict(prompts=[]), "at least one prompt"),
+        (ValueError, dict(batch_size=0), "batch_size.*0"),
+        (ValueError, dict(num_inference_steps=0), "num_inference_steps.*0"),
+        (ValueError, dict(speedup=0.5), "speedup.*0.5"),
+        (TypeError, dict(speedup="2"), "speedup.*2"),
+        (TypeError, dict(config=3), "config.*3"),
+        (TypeError, dict(shares=0.5), "shares.*0.5"),
+        (ValueError, dict(shares=[1.5]), "shares.*1.5"),
+        (TypeError, dict(pipe=3), "pipeline.*int"),
+    ],
+)
+def test_what_cannot_be_calibrated(monkeypatch, error, options, named):
+    """Is named before anything is drawn."""
+    calls = Calls(monkeypatch)
+    with pytest.raises(error, match=named):
+        ras.calibrate(**{"pipe": build(), "prompts": ["a"], **options})
+    assert not calls.made

@@ -107,10 +107,22 @@ def test_a_run_that_begins_late():
     euler = make("FlowMatchEulerDiscreteScheduler")
     euler.set_begin_index(5)
     assert read_clock(euler, torch.tensor([0.0])).stages == tuple(euler.sigmas.tolist()[5:])
+    assert read_clock(euler).stages == tuple(euler.sigmas.tolist()[5:])
+    euler = make("FlowMatchEulerDiscreteScheduler")  # which nobody has told where to begin
+    late = read_clock(euler, euler.timesteps[3].expand(1))
+    assert late.stages == tuple(euler.sigmas.tolist()[3:])
+    assert read_clock(euler, euler.timesteps[3] / 1000).steps == STEPS  # in units of its own
     ddim = make("DDIMScheduler")
     whole, first = read_clock(ddim), ddim.timesteps[4].expand(2)
     assert read_clock(ddim, first).stages == whole.stages[4:]
     assert read_clock(ddim, torch.tensor(0.123)).stages == whole.stages
+
+
+def test_as_many_steps_as_in_training_are_a_run_only_of_a_toy():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=8)
+    scheduler.set_timesteps(8)
+    assert is_set(scheduler)
+    assert not is_set(diffusers.HeunDiscreteScheduler())  # which sets those of training by itself
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
