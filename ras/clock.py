@@ -68,11 +68,13 @@ class Clock:
         stages: `sigma` of each stage, which is a call of the scheduler's `step`, and of the end.
         order: Stages in a solver step: 2 for Heun's.
         prediction: What the model predicts: `"flow"`, `"epsilon"`, `"v_prediction"` or `"sample"`.
+        begin: Stages of the scheduler that the run leaves out before its own.
     """
 
     stages: tuple[float, ...]
     order: int = 1
     prediction: str = "flow"
+    begin: int = 0
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -116,22 +118,25 @@ def is_set(scheduler: Any) -> bool:
     return None not in (steps, count) and (steps != train or train < 100)
 
 
-def read_clock(scheduler: Any, timestep: Tensor | None = None) -> Clock:
+def read_clock(scheduler: Any, timestep: Tensor | None = None, begin: int | None = None) -> Clock:
     """The clock of the run that a scheduler is about to make, from the stage that it begins at.
 
     One read of the device before a run.
 
     Args:
         scheduler: Any of diffusers' that adds no noise levels of its own between `timesteps`.
-        timestep: What the transformer is called with first, for a scheduler that has not been
-            told its `begin_index`: where a run begins that leaves out the first timesteps. 0 is
-            taken where the transformer is told the time in other units.
+        timestep: What the transformer is called with first, for a scheduler that has no
+            `begin_index`: where a run begins that leaves out the first timesteps. 0 is taken where
+            the transformer is told the time in other units.
+        begin: The stage that the run begins at; None takes what the scheduler has been told.
     """
     stages, prediction = _stages(scheduler)
-    begin = getattr(scheduler, "begin_index", None)
     if begin is None:
-        begin = 0 if timestep is None else _index_of(timestep, scheduler.timesteps)
-    return Clock(tuple(stages[begin:]), getattr(scheduler, "order", None) or 1, prediction)
+        begin = getattr(scheduler, "begin_index", None) or 0
+        if not hasattr(scheduler, "begin_index") and timestep is not None:
+            begin = _index_of(timestep, scheduler.timesteps)
+    order = getattr(scheduler, "order", None) or 1
+    return Clock(tuple(stages[begin:]), order, prediction, begin)
 
 
 def _stages(scheduler: Any) -> tuple[list[float], str]:

@@ -163,9 +163,8 @@ class Session:
             return last
         self._forget()
         clock, masked = read_clock(scheduler, timestep), self.masked(layout)
-        planned = plan_run(self.config, clock, layout, None if masked is None else masked.shape[1])
-        if planned.warning is not None:
-            self._warn("plan", planned.warning)
+        count = None if masked is None else masked.shape[1]
+        planned = plan_run(self.config, clock, layout, count)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
         self._runs += 1
@@ -283,6 +282,12 @@ class Session:
         step, sigma, first = run.step, run.sigma, run.stage % run.clock.order == 0
         if not run.advance(scheduler):
             return
+        if run.stage == 1:
+            if run.first_index not in (None, run.clock.begin):
+                self._begin_late(run, scheduler)
+                sigma = run.clock.stages[0]
+            if run.planned.warning is not None:
+                self._warn("plan", run.planned.warning)
         run.tally.samples = len(noise)
         tokens, mount = None, self.mounts[0]
         if run.planned.partial:
@@ -306,6 +311,17 @@ class Session:
             and 0 < run.count < run.planned.layout.tokens
         ):
             run.active = run.selection.choose(tokens, run.count, run.sigma, run.masked)
+
+    def _begin_late(self, run: Run, scheduler: Any) -> None:
+        """Plan anew a run that has left out the first timesteps, as its first step tells.
+
+        Nobody has told the scheduler before, and what the first call gave is noted at another
+        noise level.
+        """
+        self._forget()
+        run.clock = read_clock(scheduler, begin=run.first_index)
+        count = None if run.masked is None else run.masked.shape[1]
+        run.planned = plan_run(self.config, run.clock, run.planned.layout, count)
 
     def _let_go_of_branches(self, step: int) -> None:
         """Free those not called in a step: guidance has ended, or another transformer goes on."""

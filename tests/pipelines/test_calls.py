@@ -233,6 +233,31 @@ def test_autocast_that_begins_in_mid_run(monkeypatch):
         assert steps_of(pipe) == (5, 3)
 
 
+@pytest.mark.parametrize("plan", [None, (1, 0.5, 0, 1, 0.5, 0)])
+def test_a_run_that_leaves_out_the_first_timesteps(plan):
+    """As some pipelines do without a word to the scheduler: its first step tells, and is dense.
+
+    So is the second, as the first call was noted at another noise level.
+    """
+    pipe, scheduler = pipelines.sd3(), pipelines.euler()
+    inputs = sd3_inputs(pipe)
+
+    def late(scheduler):
+        scheduler.set_timesteps(9)
+        return scheduler.timesteps[3:]
+
+    ras.enable(pipe.transformer, plan=plan, scheduler=scheduler)
+    for _ in range(2):
+        loop(pipe.transformer, scheduler, inputs, timesteps=late)
+        run, stats = session_of(pipe.transformer).run, ras.stats(pipe.transformer)
+        assert run.clock.stages == tuple(scheduler.sigmas.tolist()[3:]) and run.over
+        assert len(stats.plan.shares) == 6 and not session_of(pipe.transformer)._branches
+        assert stats.plan.shares == (plan or stats.plan.shares) and stats.plan.shares.count(0) > 1
+        done = (stats.steps_dense, stats.steps_sparse, stats.steps_skipped)
+        shares = (1, 1, *stats.plan.shares[2:])
+        assert done == (shares.count(1), shares.count(0.5), shares.count(0))
+
+
 @pytest.mark.parametrize("plan", [(1, 0.5, 0, 1, 0.5, 0, 1, 0), (1, 0, 0, 1, 0, 0, 1, 0)])
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_call_that_is_made_again(plan, at):

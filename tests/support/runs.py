@@ -219,14 +219,16 @@ def loop(
     step=None,
     call=by_keyword,
     separate=False,
+    timesteps=None,
 ):
     """Sampling by hand, with one call of the transformer for both branches or with two."""
     text = torch.cat([inputs["negative_prompt_embeds"], inputs["prompt_embeds"]])
     pooled = torch.cat([inputs["negative_pooled_prompt_embeds"], inputs["pooled_prompt_embeds"]])
     step = step or (lambda noise, t, x: scheduler.step(noise, t, x, return_dict=False)[0])
-    scheduler.set_timesteps(steps)
+    if timesteps is None:
+        scheduler.set_timesteps(steps)
     latents = inputs["latents"]
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps if timesteps is None else timesteps(scheduler):
         if separate:
             parts = list(zip(text.chunk(2), pooled.chunk(2)))
             noise = [call(transformer, latents, *part, t.expand(len(latents))) for part in parts]
