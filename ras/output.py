@@ -161,10 +161,8 @@ class HeldOutput:
             if not _is_float(leaf):
                 self._leaves[index] = leaf.clone() if isinstance(leaf, Tensor) else leaf
                 continue
-            held, rows = (
-                self._leaves[index],
-                leaf.reshape(1, -1, leaf.shape[-1] if leaf.ndim else 1),
-            )
+            held = self._leaves[index]
+            rows = leaf.reshape(1, -1, leaf.shape[-1] if leaf.ndim else 1)
             if not self.begun:
                 held.allocate(rows.shape, leaf.dtype, leaf.device, extrapolates=extrapolates)
             held.expect(None, sigma, 0.0)
@@ -204,7 +202,7 @@ def _predicted(held: list[HeldTokens], gains: list[Tensor | None]) -> list[Tenso
 
 
 def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 0
 
 
 def _kind(leaf: Any) -> Any:

@@ -33,8 +33,7 @@ class Stats:
         cache_bytes: Bytes that the run's caches held at their largest: keys, values, noise and
             what regions are chosen by. They are freed when a run ends, unless `keep_caches`.
         region_counts: `(samples, H / p, W / p)`, int64: how often each region was computed; None
-            before the first run, and where
-            they are not known.
+            before the first run, and where they are not known.
         warnings: What was warned of since `enable`.
     """
 

@@ -4,14 +4,17 @@ import itertools
 
 import pytest
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from support.oracle import gain, relative_error
 from support.pipelines import normal
 from support.runs import drift_scores, held_like, merged, predicted
+from torch.utils._pytree import tree_leaves
 
 import ras
 import ras_kernels
 from ras.clock import position
+from ras.output import HeldOutput
 from ras.policy.selection import Selection
 
 pytestmark = [
@@ -130,6 +133,61 @@ def test_one_prediction_is_all_there_is_to_reuse():
     held = held_like(normal(1, 4, 3))
     merged(held, normal(1, 4, 3), None, 1.0, 0.62)
     assert torch.equal(predicted(held, 0.5, 0.62), normal(1, 4, 3))
+
+
+# --- outputs of any form --------------------------------------------------------------------------
+
+
+class Cache:
+    """Something that is no tensor."""
+
+
+CACHE = Cache()
+FORMS = {
+    "tensor": lambda x: x,
+    "scalar": lambda x: x[0, 0, 0],
+    "strided": lambda x: x.transpose(0, 1),
+    "tuple": lambda x: (x, None, CACHE),
+    "dataclass": lambda x: Transformer2DModelOutput(sample=x),
+    "lists": lambda x: ([x[0], x[1, :2]], {"sound": x * 2, "name": "text"}),
+    "others": lambda x: (x, torch.arange(3), x > 0, torch.empty(2, 0)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_outputs_of_any_form(form):
+    """Each tensor is carried on by itself; the rest is as it last was, and nothing is shared."""
+    held, noises = HeldOutput(), [normal(2, 3, 4, seed=seed) for seed in range(3)]
+    for sigma, noise in zip((0.95, 0.8, 0.6), noises):
+        output = form(noise.clone())
+        held.take(output, sigma, extrapolates=True)
+        for leaf in tree_leaves(output):
+            if torch.is_tensor(leaf) and leaf.dtype == torch.float32:
+                leaf.zero_()  # the caller may write to what is his
+    t0, t1, t = (position(sigma) for sigma in (0.8, 0.6, 0.3))
+    g = gain(abs(t - t1), abs(t1 - t0), 0.62).float()
+    for _ in range(2):
+        found = held.finish(held.predictor(0.3, 0.62)())
+        expected = form(noises[2] + g * (noises[2] - noises[1]))
+        last = form(noises[2])
+        assert type(found) is type(expected)
+        leaves = zip(tree_leaves(found), tree_leaves(expected), tree_leaves(last), strict=True)
+        for leaf, carried, kept in leaves:
+            if not torch.is_tensor(leaf):
+                assert leaf is kept
+            elif leaf.is_floating_point():
+                torch.testing.assert_close(leaf, carried)
+                leaf.zero_()  # that was a copy
+            else:
+                assert torch.equal(leaf, kept)
+
+
+def test_an_output_of_another_form_begins_anew():
+    held = HeldOutput()
+    for noise in (normal(2, 3), normal(2, 3, seed=1), normal(3, 3), normal(3, 3).double()):
+        held.take((noise,), 0.9 - 0.01 * len(noise), extrapolates=True)
+    (found,) = held.finish(held.predictor(0.3, 0.62)())
+    assert torch.equal(found, normal(3, 3).double())
 
 
 # --- drift ----------------------------------------------------------------------------------------
