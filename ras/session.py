@@ -245,7 +245,7 @@ class Session:
         *,
         caches: bool,
     ) -> None:
-        """For a branch's noise, and its keys and values if it is to keep them."""
+        """Make room for a branch's noise, and for its keys and values if it is to keep them."""
         latents, dtype = inputs["hidden_states"], _compute_dtype(inputs)
         assert dtype is not None
         channels = mount.transformer.config.patch_size**2 * mount.transformer.out_channels
