@@ -5,21 +5,28 @@ from pathlib import Path
 from ras_kernels import __version__
 
 from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, plan, stats
+from .check import check
 from .config import RASConfig
+from .family import Family
+from .layout import Layout, Rows
 from .plan import Plan, RunPlan
 from .policy.calibration import calibrate
 from .session import RASWarning
 from .stats import Stats
 
 __all__ = [
+    "Family",
+    "Layout",
     "Plan",
     "RASConfig",
     "RASWarning",
+    "Rows",
     "RunPlan",
     "Stats",
     "__version__",
     "bundled_model",
     "calibrate",
+    "check",
     "compile_repeated_blocks",
     "disable",
     "enable",

@@ -13,16 +13,18 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.modular_pipelines import ModularPipeline
 from diffusers.pipelines.pag.pag_utils import PAGMixin
-from torch import Tensor, nn
+from torch import nn
 
 from .clock import Clock, read_clock
 from .config import RASConfig, check_count
-from .families import Family, family_of
+from .families import family_of
+from .family import Family
 from .layout import Layout
 from .masks import as_mask
-from .plan import DENSE, SKIP, RunPlan
+from .mount import cache_numbers
+from .plan import RunPlan
 from .policy.planner import plan_run
-from .session import Session
+from .session import Session, asks_for_partial_steps
 from .stats import Stats
 
 PIPELINES = DiffusionPipeline, ModularPipeline
@@ -43,6 +45,7 @@ def enable(
     *,
     mask: Any = None,
     scheduler: Any = None,
+    family: Family | None = None,
     **overrides: Any,
 ) -> Model:
     """Make every run of a model from now on a region-adaptive one.
@@ -56,6 +59,8 @@ def enable(
             for more. None takes an inpainting pipeline's own mask, False none at all.
         scheduler: For a bare transformer, the scheduler whose `step` is called with its guided
             noise. A pipeline has its own, which is followed when it is replaced.
+        family: The record of a transformer that ours (`ras models`) do not have, or instead of
+            one. Try it by `ras.check` first.
         **overrides: Fields of `RASConfig`, instead of those of `config`.
 
     Returns:
@@ -81,9 +86,9 @@ def enable(
             "scheduler= to bare transformers"
         )
     mask = mask if mask is None or mask is False else as_mask(mask)
-    families = [(transformer, _family(transformer, pipe)) for transformer in _transformers(model)]
+    families = families_of(model, family)
     session = Session(families, config, scheduler=scheduler, pipe=pipe, mask=mask)
-    wanted = _partial_steps(config, mask)
+    wanted = asks_for_partial_steps(config, mask)
     for mount in session.mounts if wanted else ():
         obstacle = mount.obstacle()
         if not mount.family.regions:
@@ -117,10 +122,11 @@ def enabled(
     *,
     mask: Any = None,
     scheduler: Any = None,
+    family: Family | None = None,
     **overrides: Any,
 ) -> Iterator[Model]:
     """`enable` for a `with` block, at whose end the model is disabled."""
-    enable(model, config, mask=mask, scheduler=scheduler, **overrides)
+    enable(model, config, mask=mask, scheduler=scheduler, family=family, **overrides)
     try:
         yield model
     finally:
@@ -202,6 +208,7 @@ def plan(
         ValueError: A number out of its range, a pipeline that is not supported, or one whose
             scheduler takes no number of steps alone.
     """
+    transformer: Any = None
     check_count("num_inference_steps", num_inference_steps)
     for name, size in (("height", height), ("width", width)):
         if size is not None:
@@ -218,15 +225,11 @@ def plan(
         raise TypeError(f"plan takes a pipeline or a RASConfig, got {type(model).__name__}")
     else:
         pipe: Any = model
-        transformer: Any = _transformers(pipe)[0]
+        transformer = _transformers(pipe)[0]
         family, session = _family(transformer, pipe), Session.of(transformer)
         config = RASConfig() if session is None else session.config
-        scheduler, layout = pipe.scheduler, Layout()
-        if family.regions:
-            own = transformer.config.sample_size * pipe.vae_scale_factor
-            patch = transformer.config.patch_size * pipe.vae_scale_factor
-            grid = (height or own) // patch, (width or own) // patch
-            layout = Layout(grid, family.usual_text(pipe))
+        scheduler = pipe.scheduler
+        layout = _usual_layout(pipe, transformer, family, session, height, width)
         masked = None if session is None else session.masked(layout)
     if text_tokens is not None:
         layout = dataclasses.replace(layout, text=text_tokens)
@@ -236,7 +239,27 @@ def plan(
         if last and last.steps == num_inference_steps
         else _clock(scheduler, num_inference_steps)
     )
-    return plan_run(config, clock, layout, None if masked is None else masked.shape[1])
+    planned = plan_run(config, clock, layout, None if masked is None else masked.shape[1])
+    if not planned.partial or transformer is None:
+        return planned
+    kept, changes = cache_numbers(transformer, family, layout)
+    numbers = kept + (changes if config.kv_correction and planned.extrapolates else 0)
+    return dataclasses.replace(planned, cache_bytes=numbers * transformer.dtype.itemsize)
+
+
+def _usual_layout(
+    pipe: Any,
+    transformer: Any,
+    family: Family,
+    session: Session | None,
+    height: int | None,
+    width: int | None,
+) -> Layout:
+    """That of the size given, else of the model's own, else of an enabled pipeline's last run."""
+    layout = family.usual_layout(pipe, transformer, height, width)
+    if layout.grid or session is None or session.run is None:
+        return layout
+    return session.run.planned.layout
 
 
 def _clock(scheduler: Any, steps: int) -> Clock:
@@ -274,20 +297,30 @@ def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfi
     return dataclasses.replace(config or RASConfig(), **overrides)
 
 
-def _partial_steps(config: RASConfig, mask: Any) -> str | None:
-    """The setting that asks for partial steps, if any does."""
-    if isinstance(mask, Tensor):
-        return "mask="
-    if config.sample_ratio is not None and config.sample_ratio < 1:
-        return "sample_ratio="
-    shares = () if config.plan is None else config.plan.shares
-    return "plan=" if any(SKIP < share < DENSE for share in shares) else None
+def families_of(model: object, family: Family | None = None) -> list[tuple[nn.Module, Family]]:
+    """The transformers of a model, each with its record, or with `family` if that is its class's.
+
+    Raises:
+        TypeError: `family` is no record.
+        ValueError: It is of another class, or names modules that the transformer does not have.
+    """
+    transformers = _transformers(model)
+    if family is not None:
+        if not isinstance(family, Family):
+            raise TypeError(f"family must be a ras.Family, got {family!r}")
+        fit = [each for each in transformers if family_of(each, family) is family]
+        if not fit:
+            names = ", ".join(sorted({type(each).__name__ for each in transformers}))
+            raise ValueError(f"family is the record of {family.model}; the model has {names}")
+        for transformer in fit:
+            family.check_names(transformer)
+    return [(each, _family(each, model, family)) for each in transformers]
 
 
-def _family(transformer: nn.Module, pipe: Any) -> Family:
+def _family(transformer: nn.Module, model: object, record: Family | None = None) -> Family:
     """The record of a transformer, of whole steps alone where partial ones cannot be."""
-    family = family_of(transformer)
-    if isinstance(pipe, PAGMixin):  # it replaces attention processors in each call
+    family = family_of(transformer, *([] if record is None else [record]))
+    if isinstance(model, PAGMixin):  # it replaces attention processors in each call
         return Family(family.model, blocks=family.blocks)
     return family
 

@@ -78,7 +78,7 @@ class Call:
     extrapolation: float
     extrapolates: bool
     walk: Walk | None = None
-    unpack: Callable[[Tensor], Tensor] | None = None
+    unpack: Callable[[Tensor], list[Tensor]] | None = None
 
     @property
     def skip(self) -> bool:
@@ -109,8 +109,8 @@ class Call:
             self.branch.spec = pytree.tree_structure(output)
 
 
-def _of_tokens(walk: Walk, unpack: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    return [unpack(walk.held.predict(walk.gain))]
+def _of_tokens(walk: Walk, unpack: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    return unpack(walk.held.predict(walk.gain))
 
 
 def form_of(value: Any) -> Any:

@@ -61,6 +61,9 @@ class RASConfig:
         keep_caches: Whether caches stay between runs of one size and plan, at the same addresses,
             as CUDA graphs need (`mode="reduce-overhead"`, `torch.cuda.graph`); otherwise they are
             freed after a run's last step, before images are decoded.
+        max_cache_bytes: The most that a run's keys and values may take up on the device. How they
+            change (`kv_correction`) is kept where there is room for it; where there is none for
+            keys and values themselves, steps are whole. None sets no limit.
         mask_margin: By how many tokens the regions that `mask` marks are widened, at least 0.
 
     Raises:
@@ -82,6 +85,7 @@ class RASConfig:
     kv_correction: bool = True
     reuse_text: bool = False
     keep_caches: bool = False
+    max_cache_bytes: int | None = None
     mask_margin: int = 1
 
     def __post_init__(self) -> None:
@@ -132,6 +136,8 @@ class RASConfig:
         for name in ("kv_correction", "reuse_text", "keep_caches"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.max_cache_bytes is not None:
+            check_count("max_cache_bytes", self.max_cache_bytes, 0)
         check_count("mask_margin", self.mask_margin, 0)
         _whole("skip_num_step", self.skip_num_step)
         check_count("skip_num_step_length", self.skip_num_step_length, 0)

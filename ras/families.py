@@ -6,131 +6,32 @@ tokens come in, attend and go out: a record of these below.
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
 from typing import Any
 
-from einops import rearrange
-from torch import Tensor
-
-import ras_kernels
-
-from .layout import Layout
+from .family import (
+    IMAGES,
+    IMAGES_BY_CHANNEL,
+    VIDEOS,
+    VIDEOS_BY_CHANNEL,
+    Family,
+    Inputs,
+    by_ids,
+    patched,
+    text_of,
+)
+from .layout import Layout, Rows
 from .processors import LuminaAttnProcessor, SD3AttnProcessor
-from .site import RASAttnProcessor
 
-PATCHES = "b c (h p) (w q) -> b (h w) (p q c)"  # of an image; pixels outside, channels inside
-
-
-@dataclass(frozen=True)
-class Family:
-    """One transformer class.
-
-    `inputs` are the arguments of `forward`, by name.
-
-    Attributes:
-        model: The transformer's class, by name, so that nothing is imported before it is met.
-        pipelines: What diffusers calls it from and the tests run, classes without "Pipeline".
-        blocks: The lists of blocks that repeat.
-        attention: Patterns of the layers whose keys and values are kept; () for whole steps alone.
-        processor: What takes the place of these layers' processors.
-        enter: The submodule whose output is the embedded tokens.
-        entered: The elements of that output that have a row per token; None is the output itself.
-        leave: The submodule whose output is the tokens' noise.
-        residuals: An input that is a list of what is added to the tokens, row by row.
-        text: The input that is the text tokens in the same attention.
-        whole: An input whose calls compute all tokens, since they leave out layers.
-        usual_text: The text tokens of a pipeline's call with its default arguments.
-        rotary: What cached keys were rotated by, to be compared; on the CPU.
-        references: Whether some pipelines have tokens that only condition.
-        skips: Whether steps can be skipped.
-        note: What the support table says besides.
-    """
-
-    model: str
-    pipelines: tuple[str, ...] = ()
-    blocks: tuple[str, ...] = ()
-    attention: tuple[str, ...] = ()
-    processor: type[RASAttnProcessor] | None = None
-    enter: str = ""
-    entered: tuple[int | None, ...] = (None,)
-    leave: str = ""
-    residuals: str | None = None
-    text: str | None = None
-    whole: str | None = None
-    usual_text: Callable[[Any], int] = lambda pipe: 0
-    rotary: Callable[[Mapping[str, Any]], Any] = lambda inputs: None
-    references: bool = False
-    skips: bool = True
-    note: str = ""
-
-    @property
-    def regions(self) -> bool:
-        """Whether there can be partial steps."""
-        return bool(self.attention)
-
-    def attention_layers(self, transformer: Any) -> Iterator[Any]:
-        """The layers whose keys and values are kept, in the order of the model."""
-        for name, module in transformer.named_modules():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.attention):
-                yield module
-
-    def layout(self, transformer: Any, inputs: Mapping[str, Any]) -> Layout:
-        """The layout of a call's tokens. Raises ValueError if patches do not divide the latents."""
-        if not self.regions:
-            return Layout()
-        patch, (height, width) = transformer.config.patch_size, inputs["hidden_states"].shape[-2:]
-        if height % patch or width % patch:
-            raise ValueError(
-                f"the latents' height and width, {height}x{width}, must be multiples of the "
-                f"transformer's patch size {patch}"
-            )
-        text = 0 if self.text is None else inputs[self.text].shape[1]
-        return Layout((height // patch, width // patch), text)
-
-    def pixels(self, transformer: Any) -> int:
-        """Pixels of the noise in a token."""
-        return transformer.config.patch_size**2
-
-    def pack(self, noise: Tensor, transformer: Any) -> Tensor:
-        """The tokens, `(B, N, C)`, of a noise as the scheduler gets it."""
-        patch = transformer.config.patch_size
-        return rearrange(noise, PATCHES, p=patch, q=patch)
-
-    def unpack(self, tokens: Tensor, transformer: Any, grid: tuple[int, ...]) -> Tensor:
-        """The noise, as the transformer returns it, that its tokens are."""
-        patch, (height, width) = transformer.config.patch_size, grid
-        there, here = PATCHES.split(" -> ")
-        return rearrange(tokens, f"{here} -> {there}", p=patch, q=patch, h=height, w=width)
-
-    def gather_entered(self, output: Any, rows: Tensor) -> Any:
-        """The active rows of what `enter` returned."""
-        if self.entered == (None,):
-            return _gather(output, rows)
-        return tuple(
-            _gather(part, rows) if index in self.entered else part
-            for index, part in enumerate(output)
-        )
-
-    def gather_inputs(
-        self, inputs: Mapping[str, Any], rows: Tensor, *, reuse_text: bool
-    ) -> dict[str, Any]:
-        """Those inputs that have a row per token, with the rows alone that walk."""
-        gathered: dict[str, Any] = {}
-        residuals = None if self.residuals is None else inputs.get(self.residuals)
-        if self.residuals is not None and residuals is not None:
-            gathered[self.residuals] = [_gather(residual, rows) for residual in residuals]
-        if self.text is not None and reuse_text:
-            gathered[self.text] = inputs[self.text][:, :0]
-        return gathered
+IMAGE, JOINT, TABLE, JOINT_TABLE, GRID = Rows
 
 
-def family_of(transformer: object) -> Family:
-    """The record of a transformer, one of whole steps alone if there is none."""
+def family_of(transformer: object, *records: Family) -> Family:
+    """The record of a transformer, of `records` first; of whole steps alone if there is none."""
     names = [base.__name__ for base in type(transformer).__mro__]
-    found = (family for name in names for family in FAMILIES if family.model == name)
+    known = (*records, *FAMILIES)
+    found = (family for name in names for family in known if family.model == name)
     return next(found, Family(type(transformer).__name__))
 
 
@@ -145,7 +46,7 @@ def support() -> list[dict[str, str]]:
             "pipelines": ", ".join(family.pipelines),
             "skipped steps": "yes" if family.skips else "no",
             "partial steps": "yes" if family.regions else "no",
-            "references": "computed" if family.references else "–",
+            "references": _of_references(family),
             "masks": "yes" if family.regions else "no",
             "result": "approximate" if family.skips else "exact",
             "tested": "every token's noise" if family.regions else "every call's output",
@@ -155,9 +56,57 @@ def support() -> list[dict[str, str]]:
     ]
 
 
-def _gather(tokens: Tensor, rows: Tensor) -> Tensor:
-    """Rows of `(B, N, ...)`, or of `(1, N, ...)`, which are the same for all samples."""
-    return ras_kernels.gather_tokens(tokens.expand(len(rows), *tokens.shape[1:]), rows)
+def _of_references(family: Family) -> str:
+    if not family.references:
+        return "–"
+    return "kept" if family.regions else "computed"
+
+
+# --- what some families need ----------------------------------------------------------------------
+
+
+def _qwen_layout(transformer: Any, inputs: Inputs) -> Layout:
+    shapes = inputs["img_shapes"][0]
+    frames, height, width = shapes[0] if isinstance(shapes[0], list | tuple) else shapes
+    grid = (height, width) if frames == 1 else (frames, height, width)
+    references = inputs["hidden_states"].shape[1] - math.prod(grid)
+    return Layout(grid, text_of(inputs, "encoder_hidden_states"), references)
+
+
+def _z_image_layout(transformer: Any, inputs: Inputs) -> Layout:
+    """Image and text are padded to multiples of 32 each."""
+    _, frames, height, width = inputs["x"][0].shape
+    grid = (height // 2, width // 2) if frames == 1 else (frames, height // 2, width // 2)
+    text = max(map(len, inputs["cap_feats"]))
+    return Layout(grid, text + -text % 32, -math.prod(grid) % 32)
+
+
+def _z_image_obstacle(transformer: Any, inputs: Inputs) -> str | None:
+    if isinstance(inputs["x"][0], list):
+        return "several images make up a sample"
+    sizes = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
+    return None if sizes == (2, 1) else f"the patch size is {sizes}"
+
+
+def _lumina2_layout(transformer: Any, inputs: Inputs) -> Layout:
+    """The text that is not padding; the transformer itself reads how long it is, in each call."""
+    image = patched()(transformer, inputs)
+    return Layout(image.grid, int(inputs["encoder_attention_mask"].sum(dim=1).max()))
+
+
+def _lumina2_obstacle(transformer: Any, inputs: Inputs) -> str | None:
+    lengths = inputs["encoder_attention_mask"].sum(dim=1)
+    return "the samples' texts are of unlike length" if lengths.unique().numel() > 1 else None
+
+
+def _aura_flow_layout(transformer: Any, inputs: Inputs) -> Layout:
+    found = patched("encoder_hidden_states")(transformer, inputs)
+    return Layout(found.grid, found.text + transformer.register_tokens.shape[1])
+
+
+def _ltx_layout(transformer: Any, inputs: Inputs) -> Layout:
+    grid = tuple(inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
+    return Layout(grid) if math.prod(grid) == inputs["hidden_states"].shape[1] else Layout()
 
 
 def _sd3_text(pipe: Any) -> int:
@@ -165,7 +114,7 @@ def _sd3_text(pipe: Any) -> int:
     return pipe.tokenizer_max_length + t5_tokens
 
 
-def _lumina_rotary(inputs: Mapping[str, Any]) -> Any:
+def _lumina_rotary(inputs: Inputs) -> Any:
     """The table's last entry, which tells the two tables of a run apart (`scaling_watershed`).
 
     The pipeline makes them on the CPU, so that nothing waits for the GPU here.
@@ -173,17 +122,27 @@ def _lumina_rotary(inputs: Mapping[str, Any]) -> Any:
     return tuple(inputs["image_rotary_emb"][-1, -1].tolist())
 
 
+# --- the records ----------------------------------------------------------------------------------
+
+BOTH_LISTS = {"transformer_blocks.*.attn": JOINT, "single_transformer_blocks.*.attn": JOINT}
+FLUX_RESIDUALS: dict[str | int | None, Rows] = {
+    "controlnet_block_samples": IMAGE,
+    "controlnet_single_block_samples": IMAGE,
+}
+
 FAMILIES = (
     Family(
         "SD3Transformer2DModel",
         ("StableDiffusion3",),
         blocks=("transformer_blocks",),
-        attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
-        processor=SD3AttnProcessor,
-        enter="pos_embed",
+        attention={"transformer_blocks.*.attn": JOINT, "transformer_blocks.*.attn2": IMAGE},
+        enter={"": {"block_controlnet_hidden_states": IMAGE}, "pos_embed": {None: IMAGE}},
         leave="proj_out",
-        residuals="block_controlnet_hidden_states",
-        text="encoder_hidden_states",
+        image_first=True,
+        layout=patched("encoder_hidden_states"),
+        output=IMAGES,
+        text={"encoder_hidden_states": 1},
+        processor=SD3AttnProcessor,
         whole="skip_layers",
         usual_text=_sd3_text,
     ),
@@ -191,69 +150,234 @@ FAMILIES = (
         "LuminaNextDiT2DModel",
         ("Lumina",),
         blocks=("layers",),
-        attention=("layers.*.attn1",),
+        attention={"layers.*.attn1": IMAGE},
+        enter={"patch_embedder": {0: IMAGE, 3: IMAGE}},
+        leave="norm_out.linear_2",
+        layout=patched(),
+        output=IMAGES,
         processor=LuminaAttnProcessor,
-        enter="patch_embedder",
-        entered=(0, 3),
-        leave="norm_out",
         rotary=_lumina_rotary,
     ),
-    Family("AceStepTransformer1DModel", ("AceStep",)),
-    Family("AllegroTransformer3DModel", ("Allegro",)),
-    Family("AnyFlowTransformer3DModel", ("AnyFlow",)),
-    Family("AuraFlowTransformer2DModel", ("AuraFlow",)),
-    Family("BriaTransformer2DModel", ("Bria",)),
-    Family("ChromaTransformer2DModel", ("Chroma",)),
-    Family("CogVideoXTransformer3DModel", ("CogVideoX",)),
-    Family("CogView3PlusTransformer2DModel", ("CogView3Plus",)),
-    Family("CogView4Transformer2DModel", ("CogView4",)),
-    Family("CosmosTransformer3DModel", ("Cosmos2TextToImage", "CosmosTextToWorld")),
-    Family("DiTTransformer2DModel", ("DiT",)),
-    Family("EasyAnimateTransformer3DModel", ("EasyAnimate",)),
-    Family("ErnieImageTransformer2DModel", ("ErnieImage",)),
     Family(
         "FluxTransformer2DModel",
         ("Flux", "FluxControl", "FluxFill", "FluxImg2Img", "FluxKontext", "FluxModular"),
+        attention=BOTH_LISTS,
+        enter={
+            "": {"hidden_states": IMAGE, **FLUX_RESIDUALS},
+            "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE},
+        },
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+        packed=2,
+        text={"encoder_hidden_states": 1, "txt_ids": 0},
         references=True,
     ),
     Family(
         "Flux2Transformer2DModel",
         ("Flux2", "Flux2Klein", "Flux2KleinKV"),
+        attention=BOTH_LISTS,
+        enter={"": {"hidden_states": IMAGE}, "pos_embed": {0: TABLE, 1: TABLE}},
+        first=("pos_embed",),
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+        packed=2,
+        obstacle=lambda _, inputs: (
+            "the model keeps keys and values itself" if inputs.get("kv_cache_mode") else None
+        ),
         references=True,
-        note="KleinKV: the step that fills the model's own cache is computed",
+        note="KleinKV: whole steps; the one that fills the model's own cache is computed",
     ),
+    Family(
+        "ChromaTransformer2DModel",
+        ("Chroma",),
+        attention=BOTH_LISTS,
+        enter={
+            "": {"hidden_states": IMAGE, **FLUX_RESIDUALS},
+            "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE},
+        },
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+        packed=2,
+    ),
+    Family(
+        "QwenImageTransformer2DModel",
+        ("QwenImage", "QwenImageEdit", "QwenImageEditPlus"),
+        attention={"transformer_blocks.*.attn": JOINT},
+        enter={
+            "": {"hidden_states": IMAGE, "controlnet_block_samples": IMAGE},
+            "pos_embed": {0: TABLE},
+            "transformer_blocks.*": {"modulate_index": IMAGE},
+        },
+        leave="proj_out",
+        layout=_qwen_layout,
+        packed=2,
+        text={"encoder_hidden_states": 1, "encoder_hidden_states_mask": 1},
+        references=True,
+    ),
+    Family(
+        "ZImageTransformer2DModel",
+        ("ZImage",),
+        blocks=("noise_refiner", "layers"),
+        attention={"noise_refiner.*.attention": IMAGE, "layers.*.attention": JOINT},
+        enter={
+            "": {"controlnet_block_samples": JOINT},
+            "noise_refiner.0": {"x": IMAGE},
+            "noise_refiner.*": {"freqs_cis": IMAGE},
+            "layers.*": {"freqs_cis": JOINT},
+        },
+        leave="all_final_layer.2-1.linear",
+        leaves=JOINT,
+        image_first=True,
+        latents="x",
+        lists=True,
+        layout=_z_image_layout,
+        output="b (f h w) (p q c) -> b c f (h p) (w q)",
+        patch=lambda transformer: (1, 2, 2),
+        obstacle=_z_image_obstacle,
+    ),
+    Family(
+        "WanTransformer3DModel",
+        ("Wan", "WanImageToVideo"),
+        attention={"blocks.*.attn1": IMAGE},
+        enter={
+            "": {"timestep": IMAGE},
+            "rope": {0: IMAGE, 1: IMAGE},
+            "patch_embedding": {None: GRID},
+        },
+        leave="proj_out",
+        layout=patched(),
+        output=VIDEOS,
+        note="one or two transformers",
+    ),
+    Family(
+        "WanVACETransformer3DModel",
+        (),
+        attention={"blocks.*.attn1": IMAGE, "vace_blocks.*.attn1": IMAGE},
+        enter={
+            "rope": {0: IMAGE, 1: IMAGE},
+            "patch_embedding": {None: GRID},
+            "vace_patch_embedding": {None: GRID},
+        },
+        leave="proj_out",
+        layout=patched(),
+        output=VIDEOS,
+    ),
+    Family(
+        "HunyuanVideoTransformer3DModel",
+        ("HunyuanVideo",),
+        attention=BOTH_LISTS,
+        enter={"x_embedder": {None: IMAGE}, "rope": {0: TABLE, 1: TABLE}},
+        leave="proj_out",
+        image_first=True,
+        layout=patched("encoder_hidden_states"),
+        output=VIDEOS_BY_CHANNEL,
+        obstacle=lambda transformer, _: (
+            "the first frame's tokens are counted"
+            if transformer.config.image_condition_type == "token_replace"
+            else None
+        ),
+    ),
+    Family(
+        "LTXVideoTransformer3DModel",
+        ("LTX", "LTXImageToVideo"),
+        attention={"transformer_blocks.*.attn1": IMAGE},
+        enter={
+            "": {"hidden_states": IMAGE, "timestep": IMAGE},
+            "rope": {0: IMAGE, 1: IMAGE},
+        },
+        leave="proj_out",
+        layout=_ltx_layout,
+    ),
+    Family(
+        "Krea2Transformer2DModel",
+        ("Krea2",),
+        attention={"transformer_blocks.*.attn": JOINT},
+        enter={"": {"hidden_states": IMAGE}, "rotary_emb": {0: JOINT_TABLE, 1: JOINT_TABLE}},
+        leave="final_layer.linear",
+        layout=by_ids("position_ids", "encoder_hidden_states"),
+        packed=2,
+    ),
+    Family(
+        "CogView4Transformer2DModel",
+        ("CogView4",),
+        attention={"transformer_blocks.*.attn1": JOINT},
+        enter={"patch_embed": {0: IMAGE}, "rope": {0: TABLE, 1: TABLE}},
+        leave="proj_out",
+        layout=patched("encoder_hidden_states"),
+        output=IMAGES_BY_CHANNEL,
+    ),
+    Family(
+        "CogVideoXTransformer3DModel",
+        ("CogVideoX",),
+        attention={"transformer_blocks.*.attn1": JOINT},
+        enter={"": {"image_rotary_emb": TABLE}, "patch_embed": {None: JOINT}},
+        leave="proj_out",
+        layout=patched("encoder_hidden_states", frames_at=1),
+        output="b (f h w) (c t p q) -> b (f t) c (h p) (w q)",
+    ),
+    Family(
+        "PixArtTransformer2DModel",
+        ("PixArtAlpha", "PixArtSigma"),
+        attention={"transformer_blocks.*.attn1": IMAGE},
+        enter={"pos_embed": {None: IMAGE}},
+        leave="proj_out",
+        layout=patched(),
+        output=IMAGES,
+    ),
+    Family(
+        "AuraFlowTransformer2DModel",
+        ("AuraFlow",),
+        attention={
+            "joint_transformer_blocks.*.attn": JOINT,
+            "single_transformer_blocks.*.attn": JOINT,
+        },
+        enter={"pos_embed": {None: IMAGE}},
+        leave="proj_out",
+        layout=_aura_flow_layout,
+        output=IMAGES,
+    ),
+    Family(
+        "Lumina2Transformer2DModel",
+        ("Lumina2",),
+        attention={"layers.*.attn": JOINT},  # the two refiners' stay dense
+        enter={"layers.0": {"hidden_states": JOINT}, "layers.*": {"image_rotary_emb": JOINT}},
+        leave="norm_out.linear_2",
+        leaves=JOINT,
+        layout=_lumina2_layout,
+        output=IMAGES,
+        obstacle=_lumina2_obstacle,
+    ),
+    Family("AceStepTransformer1DModel", ("AceStep",)),
+    Family("AllegroTransformer3DModel", ("Allegro",)),
+    Family("AnyFlowTransformer3DModel", ("AnyFlow",)),
+    Family("BriaTransformer2DModel", ("Bria",)),
+    Family("CogView3PlusTransformer2DModel", ("CogView3Plus",)),
+    Family("CosmosTransformer3DModel", ("Cosmos2TextToImage", "CosmosTextToWorld")),
+    Family("DiTTransformer2DModel", ("DiT",)),
+    Family("EasyAnimateTransformer3DModel", ("EasyAnimate",)),
+    Family("ErnieImageTransformer2DModel", ("ErnieImage",)),
     Family("GlmImageTransformer2DModel", ("GlmImage",), note="calls before the loop are computed"),
     Family("HeliosTransformer3DModel", ("Helios",), note="a plan for each chunk"),
     Family("HiDreamImageTransformer2DModel", ("HiDreamImage",)),
     Family("HunyuanDiT2DModel", ("HunyuanDiT",)),
     Family("HunyuanImageTransformer2DModel", ("HunyuanImage",)),
     Family("HunyuanVideo15Transformer3DModel", ("HunyuanVideo15",)),
-    Family("HunyuanVideoTransformer3DModel", ("HunyuanVideo",)),
     Family("Ideogram4Transformer2DModel", ("Ideogram4",), note="two transformers"),
     Family("Kandinsky5Transformer3DModel", ("Kandinsky5T2V",)),
-    Family("Krea2Transformer2DModel", ("Krea2",)),
     Family("LTX2VideoTransformer3DModel", ("LTX2",), note="video and audio"),
-    Family("LTXVideoTransformer3DModel", ("LTX", "LTXImageToVideo")),
     Family("LatteTransformer3DModel", ("Latte",)),
     Family("LongCatAudioDiTTransformer", ("LongCatAudioDiT",)),
     Family("LongCatImageTransformer2DModel", ("LongCatImage",)),
-    Family("Lumina2Transformer2DModel", ("Lumina2",)),
     Family("MochiTransformer3DModel", ("Mochi",)),
     Family("MotifVideoTransformer3DModel", ("MotifVideo",)),
     Family("NucleusMoEImageTransformer2DModel", ("NucleusMoEImage",)),
     Family("OmniGenTransformer2DModel", ("OmniGen",)),
     Family("OvisImageTransformer2DModel", ("OvisImage",)),
     Family("PRXTransformer2DModel", ("PRX",)),
-    Family("PixArtTransformer2DModel", ("PixArtAlpha", "PixArtSigma")),
     Family(
         "QwenImage21Transformer2DModel",
         ("QwenImage21",),
         note="the step that fills the model's own cache is computed",
-    ),
-    Family(
-        "QwenImageTransformer2DModel",
-        ("QwenImage", "QwenImageEdit", "QwenImageEditPlus"),
-        references=True,
     ),
     Family("SanaTransformer2DModel", ("Sana", "SanaSprint")),
     Family("SanaVideoTransformer3DModel", ("SanaVideo",)),
@@ -266,6 +390,4 @@ FAMILIES = (
     ),
     Family("StableAudio3DiTModel", ("StableAudio3",)),
     Family("StableAudioDiTModel", ("StableAudio",)),
-    Family("WanTransformer3DModel", ("Wan", "WanImageToVideo"), note="one or two transformers"),
-    Family("ZImageTransformer2DModel", ("ZImage",)),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 
 
 @dataclass(frozen=True)
@@ -11,20 +12,59 @@ class Layout:
     """Which tokens walk through a transformer.
 
     Attributes:
-        grid: Tokens of the noise along each dimension, height and width of an image. `()` where
-            nobody says where the tokens are: the whole output is then one token.
+        grid: Tokens of the noise along each dimension: height and width of an image, frames,
+            height and width of a video. `()` where nobody says where the tokens are: the whole
+            output is then one token.
         text: Text tokens in the same attention.
+        references: Tokens that come after the noise's, only condition, and stay behind in partial
+            steps: pictures to edit, and padding.
     """
 
     grid: tuple[int, ...] = ()
     text: int = 0
+    references: int = 0
 
     @property
     def tokens(self) -> int:
         """N, those of the noise."""
         return math.prod(self.grid)
 
+    @property
+    def image(self) -> int:
+        """N + R, those of the noise and the references."""
+        return self.tokens + self.references
+
+    @property
+    def sequence(self) -> int:
+        """N + R + T, all that a dense step computes."""
+        return self.image + self.text
+
     def __str__(self) -> str:
         if not self.grid:
             return "whole outputs"
-        return f"{self.tokens} image and {self.text} text tokens"
+        references = f", {self.references} reference" if self.references else ""
+        return f"{self.tokens} image{references} and {self.text} text tokens"
+
+
+class Rows(Enum):
+    """What has a row per token, and along which dimension."""
+
+    IMAGE = 1, False
+    """`(B, n, ...)`, rows of the image's tokens."""
+    JOINT = 1, True
+    """`(B, n, ...)`, rows of the image's and the text's tokens."""
+    TABLE = 0, False
+    """`(n, ...)`, rows of the image's tokens, the same for all samples."""
+    JOINT_TABLE = 0, True
+    """`(n, ...)`, rows of the image's and the text's tokens, the same for all samples."""
+    GRID = 2, False
+    """`(B, C, f, h, w)`: from the third dimension on, the tokens' grid."""
+
+    @property
+    def dim(self) -> int:
+        return self.value[0]
+
+    @property
+    def text(self) -> bool:
+        """Whether the text's rows are among them."""
+        return self.value[1]

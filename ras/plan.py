@@ -66,16 +66,24 @@ class Plan:
             for share in self.shares
         )
 
-    def speedup(self, num_tokens: int, text_tokens: int = 0, *, reuse_text: bool = False) -> float:
-        """Tokens of a dense run per token of this plan, text included.
+    def speedup(
+        self,
+        num_tokens: int,
+        text_tokens: int = 0,
+        *,
+        reference_tokens: int = 0,
+        reuse_text: bool = False,
+    ) -> float:
+        """Tokens of a dense run per token of this plan, by all that is in the sequence.
 
         Text walks along in every step that computes anything; with `reuse_text`, in dense ones
-        alone.
+        alone, as references do.
         """
         counts = self.counts(num_tokens)
-        with_text = sum(count == num_tokens or (count > 0 and not reuse_text) for count in counts)
-        dense = len(counts) * (num_tokens + text_tokens)
-        return dense / (sum(counts) + with_text * text_tokens)
+        dense = sum(count == num_tokens for count in counts)
+        with_text = dense if reuse_text else sum(count > 0 for count in counts)
+        computed = sum(counts) + with_text * text_tokens + dense * reference_tokens
+        return len(counts) * (num_tokens + text_tokens + reference_tokens) / computed
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as a small JSON file that people can read and edit."""
@@ -129,12 +137,15 @@ class RunPlan:
         layout: The tokens of a sample.
         config: The settings.
         warning: What the run cannot do of what it was asked for, or None.
+        cache_bytes: What keys and values take up, for each sample and each branch of guidance;
+            None where there are none, or nobody knows.
     """
 
     plan: Plan
     layout: Layout
     config: RASConfig
     warning: str | None = None
+    cache_bytes: int | None = None
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -153,9 +164,8 @@ class RunPlan:
 
     @property
     def speedup(self) -> float:
-        """Tokens of a dense run per token computed, text included."""
-        tokens, text = self.layout.tokens, self.layout.text
-        return self.plan.speedup(tokens, text, reuse_text=self.config.reuse_text)
+        """Tokens of a dense run per token computed, by all that is in the sequence."""
+        return speedup_of(self.plan, self.layout, self.config)
 
     @cached_property
     def extrapolation(self) -> tuple[float, ...]:
@@ -170,7 +180,19 @@ class RunPlan:
 
     def __str__(self) -> str:
         lines = [str(self.plan), f"speed-up {self.speedup:.3f} ({self.layout})"]
+        if self.cache_bytes is not None:
+            lines.append(f"{self.cache_bytes:,} bytes of keys and values for a sample's branch")
         return "\n".join(lines if self.warning is None else [*lines, self.warning])
+
+
+def speedup_of(plan: Plan, layout: Layout, config: RASConfig) -> float:
+    """`Plan.speedup` of a run."""
+    return plan.speedup(
+        layout.tokens,
+        layout.text,
+        reference_tokens=layout.references,
+        reuse_text=config.reuse_text,
+    )
 
 
 def as_plan(value: Any) -> Plan:

@@ -46,17 +46,17 @@ class SD3AttnProcessor(RASAttnProcessor):
             hidden_states: `(B, k, C)`, the image tokens that walk.
             encoder_hidden_states: `(B, T, C)`, the text tokens; T is 0 where they stay behind.
         """
-        walk = self.walk()
-        if walk is None or self.cache is None:
-            return self.original(
+        walk, cache = self.ras_site.walk(), self.ras_site.cache
+        if walk is None or cache is None:
+            return self.ras_original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )
-        fused = isinstance(self.original, FusedJointAttnProcessor2_0)
+        fused = isinstance(self.ras_original, FusedJointAttnProcessor2_0)
         query, image = _image_projections(attn, hidden_states, fused)
         text_query, text = None, None
         if encoder_hidden_states is not None and encoder_hidden_states.shape[1]:
             text_query, text = _text_projections(attn, encoder_hidden_states, fused)
-        key, value = self.cache.update(image, text, walk)
+        key, value = cache.update(image, text, walk)
         tokens = query.shape[1]
         if text_query is not None and not attn.context_pre_only:
             query = torch.cat([query, text_query], dim=1)
@@ -131,9 +131,9 @@ class LuminaAttnProcessor(RASAttnProcessor):
         Returns:
             `(B, k, H, D)`, which the block projects.
         """
-        walk = self.walk()
-        if walk is None or self.cache is None:
-            return self.original(
+        walk, cache = self.ras_site.walk(), self.ras_site.cache
+        if walk is None or cache is None:
+            return self.ras_original(
                 attn,
                 hidden_states,
                 encoder_hidden_states,
@@ -158,7 +158,7 @@ class LuminaAttnProcessor(RASAttnProcessor):
             across_heads=True,
             rotary=key_rotary_emb,
         )
-        key, value = self.cache.update(rows, None, walk)
+        key, value = cache.update(rows, None, walk)
         scale = attn.scale
         if base_sequence_length is not None:
             scale *= math.sqrt(math.log(key.shape[1], base_sequence_length))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .branch import Branch
 from .clock import Clock
+from .family import Family
+from .layout import Layout
 from .plan import RunPlan
 from .policy.selection import Selection
 from .stats import Tally
@@ -28,6 +30,8 @@ class Run:
         stage: Scheduler steps done; `clock.order` of them make a solver step.
         calls: How many calls of each kind there were in this stage.
         observed: Whether the scheduler's steps are seen.
+        layouts: Of calls, by their form.
+        family: That of the transformer whose call was the step's first.
         first_index: The scheduler's `step_index` at the first step.
         selection: What regions are chosen by.
         active: `(S, k)` regions chosen for the step under way, or None.
@@ -42,6 +46,8 @@ class Run:
     stage: int = 0
     calls: Counter[Any] = field(default_factory=Counter)
     observed: bool = True
+    layouts: dict[Any, Layout] = field(default_factory=dict)
+    family: Family | None = None
     first_index: int | None = None
     selection: Selection | None = None
     active: Tensor | None = None

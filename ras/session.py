@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from .branch import Branch, Call, form_of
-from .clock import is_set, read_clock
+from .clock import Clock, is_set, read_clock
 from .config import RASConfig
-from .families import Family
+from .family import Family
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
-from .mount import SESSION, Mount, StepWatch
-from .policy.planner import plan_run
+from .mount import SESSION, Mount
+from .plan import DENSE, SKIP, RunPlan
+from .policy.planner import plan_run, without_partial_steps
 from .policy.selection import Selection
 from .run import Run
-from .site import Walk
+from .slots import StepWatch
 from .stats import Stats, Tally
 
 MOST_CALLS = 4, 16
@@ -65,6 +66,7 @@ class Session:
         self._branches: dict[Any, Branch] = {}
         self._runs = 0
         self._warnings: dict[str, str] = {}
+        self._unseen_attention = False
 
     # --- on and off ---------------------------------------------------------------------------
 
@@ -122,7 +124,6 @@ class Session:
 
     def begin_call(self, mount: Mount, inputs: dict[str, Any]) -> Call | None:
         """Decide how the tokens of a call go; None lets the transformer be."""
-        layout = mount.family.layout(mount.transformer, inputs)
         if torch.is_grad_enabled():
             self._forget()
             self._warn(
@@ -134,20 +135,42 @@ class Session:
         scheduler = self._follow_scheduler()
         if not is_set(scheduler):
             return None  # a call outside of any run
-        batch = len(inputs["hidden_states"]) if layout.grid else 1
+        form = id(mount), form_of(inputs)
+        layout = self._layout(mount, form, inputs, scheduler)
+        latents = mount.family.latents_of(inputs)
+        batch = 1 if latents is None or not layout.grid else len(latents)
         run = self._current_run(scheduler, layout, batch, inputs.get("timestep"))
+        run.layouts[form] = layout
         leads = not run.calls
-        call = self._call(run, mount, layout, inputs)
+        call = self._call(run, mount, form, layout, inputs)
         walk = None if call is None else call.walk
         skip = call is not None and call.skip
         rows = None if walk is None or skip else walk.active
-        stays = skip or (rows is not None and self.config.reuse_text)
-        run.tally.count(batch, skip=skip, rows=rows, text_stays=stays)
+        stays = skip or (rows is not None and walk is not None and walk.reuse_text)
+        run.tally.count(batch, layout, skip=skip, rows=rows, text_stays=stays)
         if leads or not run.observed:
+            run.family = mount.family
             run.leader = None if call is None else call.branch
             step = run.step if run.observed else None
             run.tally.lead(step, skip=skip, active=None if rows is None else run.active)
         return call
+
+    def _layout(self, mount: Mount, form: Any, inputs: Mapping[str, Any], scheduler: Any) -> Layout:
+        """The layout of a call's tokens, found once in a run; without a grid, one of whole steps.
+
+        Some families' are told by tensors alone, which have to be read.
+        """
+        run, family = self.run, mount.family
+        if run is not None and run.timesteps is scheduler.timesteps and form in run.layouts:
+            return run.layouts[form]
+        if not family.regions:
+            return Layout()
+        obstacle = family.obstacle(mount.transformer, inputs)
+        layout = Layout() if obstacle else family.layout(mount.transformer, inputs)
+        if not layout.grid and asks_for_partial_steps(self.config, self.mask):
+            told = obstacle or "its tokens are not a grid"
+            self._warn("layout", f"there are no partial steps in this run: {told}")
+        return layout
 
     def _current_run(
         self, scheduler: Any, layout: Layout, batch: int, timestep: Tensor | None
@@ -163,12 +186,14 @@ class Session:
             return last
         self._forget()
         clock, masked = read_clock(scheduler, timestep), self.masked(layout)
-        count = None if masked is None else masked.shape[1]
-        planned = plan_run(self.config, clock, layout, count)
+        planned = self._plan(clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
         self._runs += 1
         return self.run
+
+    def _plan(self, clock: Clock, layout: Layout, masked: Tensor | None) -> RunPlan:
+        return plan_run(self.config, clock, layout, None if masked is None else masked.shape[1])
 
     def masked(self, layout: Layout) -> Tensor | None:
         """The regions under the mask, `(S, k)`, or None without one."""
@@ -177,11 +202,15 @@ class Session:
             return None
         return masked_regions(mask, layout.grid, self.config.mask_margin)
 
-    def _call(self, run: Run, mount: Mount, layout: Layout, inputs: dict[str, Any]) -> Call | None:
+    def _call(
+        self, run: Run, mount: Mount, form: Any, layout: Layout, inputs: dict[str, Any]
+    ) -> Call | None:
         """The call under way, its branch and what walks; None where all is dense."""
-        regions = run.planned.partial and self._regions(mount)
+        regions = run.planned.partial and bool(layout.grid) and self._regions(mount)
         rotary = mount.family.rotary(inputs) if regions else None
-        form = id(mount), form_of(inputs), _compute_dtype(inputs), rotary, regions
+        latents = mount.family.latents_of(inputs)
+        dtype = _compute_dtype(latents)
+        form = *form, dtype, rotary, regions
         ordinal = run.calls[form]
         run.calls[form] += 1
         if run.planned.dense or not run.observed:
@@ -205,23 +234,33 @@ class Session:
         made = partial(Call, branch, run.sigma, extrapolation, extrapolates)
         if not regions:
             return made()
-        latents = inputs["hidden_states"]
-        whole = mount.family.whole is not None and bool(inputs.get(mount.family.whole))
-        if not known:
-            self._make_room(branch, mount, layout, inputs, extrapolates, caches=not whole)
+        family = mount.family
+        whole = family.whole is not None and bool(inputs.get(family.whole))
+        assert latents is not None and dtype is not None
+        if not known and not self._make_room(
+            branch, mount, latents, dtype, layout, caches=not whole
+        ):
+            self._go_on_by_whole_steps(run)
+            return None
         goes_on = known and (begins or branch.rows is not None)
         branch.rows = _for_batch(run.active, len(latents)) if goes_on else None
         if branch.skips:
             gain = branch.tokens.gain(run.sigma, extrapolation)
         else:
             gain = branch.tokens.expect(branch.rows, run.sigma, extrapolation)
-        walk = Walk(branch.tokens, branch.rows, gain, whole, self.config.reuse_text)
-        unpack = partial(mount.family.unpack, transformer=mount.transformer, grid=layout.grid)
-        return made(walk, unpack)
+        walk = mount.walk(
+            branch,
+            layout,
+            gain,
+            shared=run.active is None or len(run.active) == 1,
+            whole=whole,
+            reuse_text=self.config.reuse_text,
+        )
+        return made(walk, partial(family.unpack, transformer=mount.transformer, grid=layout.grid))
 
     def _regions(self, mount: Mount) -> bool:
         """Whether a call may have partial steps; each hook and processor is in its place then."""
-        if not mount.family.regions:
+        if not mount.family.regions or self._unseen_attention:
             return False
         obstacle = mount.obstacle()
         if obstacle is not None:
@@ -239,38 +278,63 @@ class Session:
         self,
         branch: Branch,
         mount: Mount,
+        latents: Tensor | list[Tensor],
+        dtype: torch.dtype,
         layout: Layout,
-        inputs: Mapping[str, Any],
-        extrapolates: bool,
         *,
         caches: bool,
-    ) -> None:
-        """Make room for a branch's noise, and for its keys and values if it is to keep them."""
-        latents, dtype = inputs["hidden_states"], _compute_dtype(inputs)
-        assert dtype is not None
-        channels = mount.transformer.config.patch_size**2 * mount.transformer.out_channels
-        branch.tokens.allocate(
-            (len(latents), layout.tokens, channels),
-            dtype,
-            latents.device,
-            extrapolates=extrapolates,
-        )
-        if not caches:
-            return
-        if branch.caches:
-            for cache in branch.caches:
-                cache.reset()
-            return
-        branch.caches = mount.new_caches(
+    ) -> bool:
+        """Make room for a branch; False if its keys and values are more than there may be."""
+        assert self.run is not None
+        extrapolates = self.run.planned.extrapolates
+        carries = self.config.kv_correction and extrapolates
+        if caches and not branch.caches and self.config.max_cache_bytes is not None:
+            numbers = mount.cache_numbers(layout)
+            kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
+            left = self.config.max_cache_bytes - self._cache_bytes()
+            if kept > left:
+                return False
+            carries = carries and kept + changes <= left
+        mount.make_room(
+            branch,
             len(latents),
             layout,
-            dtype=dtype,
-            device=latents.device,
-            carries=self.config.kv_correction and extrapolates,
+            dtype,
+            latents[0].device,
+            extrapolates=extrapolates,
+            caches=caches,
+            carries=carries,
         )
-        if self.config.keep_caches:  # tell compilers: CUDA graphs may write to it
+        if self.config.keep_caches and caches:  # tell compilers: CUDA graphs may write to it
             for tensor in branch.held:
                 torch._dynamo.mark_static_address(tensor, guard=False)
+        return True
+
+    def _cache_bytes(self) -> int:
+        """Of the keys and values of all branches."""
+        caches = [cache for branch in self._branches.values() for cache in branch.caches]
+        return sum(tensor.nbytes for cache in caches for tensor in cache.tensors)
+
+    def _go_on_by_whole_steps(self, run: Run) -> None:
+        """Plan a run anew that cannot keep its keys and values."""
+        self._forget()
+        self._branches.clear()
+        run.planned = without_partial_steps(run.planned, run.clock)
+        self._warn(
+            "memory",
+            f"keys and values take more than max_cache_bytes={self.config.max_cache_bytes}, so "
+            "that steps are whole",
+        )
+
+    def attention_missed(self) -> None:
+        """Let partial steps be, where a layer's attention went another way."""
+        self._unseen_attention = True
+        self._forget()
+        self._warn(
+            "attention",
+            "partial steps are dense, since the attention of some layers is not where RAS looks "
+            "for it",
+        )
 
     # --- a step of the scheduler --------------------------------------------------------------
 
@@ -289,14 +353,12 @@ class Session:
             if run.planned.warning is not None:
                 self._warn("plan", run.planned.warning)
         run.tally.samples = len(noise)
-        tokens, mount = None, self.mounts[0]
-        if run.planned.partial:
-            tokens = mount.family.pack(noise, mount.transformer)
-        if tokens is not None and first and run.leader is not None and not run.leader.skips:
+        packed = self._tokens_of(run, noise)
+        leader, tokens = run.leader, None if packed is None else packed[0]
+        if packed is not None and first and leader is not None and not leader.skips:
             if run.selection is None:
-                run.selection = Selection(self.config, mount.family.pixels(mount.transformer))
-            rows = None if run.leader.rows is None else run.active
-            run.selection.observe(tokens, rows, sigma)
+                run.selection = Selection(self.config, packed[1])
+            run.selection.observe(packed[0], None if leader.rows is None else run.active, sigma)
         if run.step == step and not run.over:
             return  # a second-order step is not done before its second stage
         run.active = None
@@ -312,6 +374,22 @@ class Session:
         ):
             run.active = run.selection.choose(tokens, run.count, run.sigma, run.masked)
 
+    def _tokens_of(self, run: Run, noise: Tensor) -> tuple[Tensor, int] | None:
+        """The guided noise as a row for each token, `(S, N, C)`, and the pixels of a token.
+
+        None where no regions are chosen by it.
+        """
+        if not run.planned.partial or run.family is None:
+            return None
+        packed = run.family.pack(noise, run.planned.layout.grid)
+        if packed is None:
+            self._warn(
+                "noise",
+                f"the scheduler's noise, {tuple(noise.shape)}, is not that of all "
+                f"{run.planned.layout.tokens} tokens, so that partial steps are dense",
+            )
+        return packed
+
     def _begin_late(self, run: Run, scheduler: Any) -> None:
         """Plan anew a run that has left out the first timesteps, as its first step tells.
 
@@ -320,8 +398,7 @@ class Session:
         """
         self._forget()
         run.clock = read_clock(scheduler, begin=run.first_index)
-        count = None if run.masked is None else run.masked.shape[1]
-        run.planned = plan_run(self.config, run.clock, run.planned.layout, count)
+        run.planned = self._plan(run.clock, run.planned.layout, run.masked)
 
     def _let_go_of_branches(self, step: int) -> None:
         """Free those not called in a step: guidance has ended, or another transformer goes on."""
@@ -378,14 +455,23 @@ class Session:
         return self.run.tally.stats(self.config, self._runs, self.run.planned.plan, told)
 
 
-def _compute_dtype(inputs: Mapping[str, Any]) -> torch.dtype | None:
-    """What a transformer's layers return for its inputs."""
-    latents = inputs.get("hidden_states")
-    if not isinstance(latents, Tensor):
+def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:
+    """The setting that asks for partial steps, if any does."""
+    if isinstance(mask, Tensor):
+        return "mask="
+    if config.sample_ratio is not None and config.sample_ratio < 1:
+        return "sample_ratio="
+    shares = () if config.plan is None else config.plan.shares
+    return "plan=" if any(SKIP < share < DENSE for share in shares) else None
+
+
+def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:
+    """What a transformer's layers return for its latents."""
+    if latents is None or not isinstance(latents[0], Tensor):
         return None
-    kind = latents.device.type
-    if latents.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return latents.dtype
+    kind, dtype = latents[0].device.type, latents[0].dtype
+    if dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return dtype
     return torch.get_autocast_dtype(kind)
 
 

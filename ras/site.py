@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ras_kernels
 
+from .layout import Layout
 from .output import HeldTokens
 from .projections import KeyValue, Projected, Projection
 from .tokens import room
@@ -25,18 +26,27 @@ class Walk:
 
     Attributes:
         held: The noise of the branch.
+        layout: The tokens of a sample.
         rows: `(B, k)` tokens whose noise is fresh in this step, or None for all.
         gain: `(B, N)` float32, how much of its last change is added to each image token that does
             not walk, 0 for those that do; or None for nothing.
         whole: Whether all tokens walk all the same, and keep no keys and values.
         reuse_text: Whether the text stays behind where image tokens do.
+        image_first: Whether the image comes before the text in joint attention.
+        shared: Whether the rows of all samples are the same.
+        joint: `(B, T + k)` the rows that walk of the model's joint sequence, its text's included,
+            or None where all do.
     """
 
     held: HeldTokens
+    layout: Layout
     rows: Tensor | None = None
     gain: Tensor | None = None
     whole: bool = False
     reuse_text: bool = False
+    image_first: bool = False
+    shared: bool = True
+    joint: Tensor | None = None
 
     @property
     def active(self) -> Tensor | None:
@@ -45,15 +55,16 @@ class Walk:
 
 
 class KVCache:
-    """One layer's keys and values of all tokens, `(B, N + T, G, D)`: image first, then text.
+    """One layer's keys and values, `(B, N + R + T, G, D)`: noise, references, then text.
 
-    Beside what a token last had, how that changed may be kept, to carry it on like its noise.
+    Beside what a token of the noise last had, how that changed may be kept, to carry it on like
+    its noise.
     """
 
     def __init__(
         self,
         shape: tuple[int, int, int, int],
-        text_tokens: int,
+        others: int,
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -62,35 +73,56 @@ class KVCache:
         """Make room; `update` with all tokens is what fills it.
 
         Args:
-            shape: `(B, N, G, D)`, of the image tokens' keys.
-            text_tokens: T, those that are attended to with the image.
+            shape: `(B, N, G, D)`, of the noise tokens' keys.
+            others: R + T, of the tokens that are attended to with them.
             dtype, device: Of what is kept.
             carries: Whether to keep how they change.
         """
-        batch, self._image_tokens, *rest = shape
-        rows = (batch, self._image_tokens + text_tokens, *rest)
+        batch, self._noise_tokens, *rest = shape
+        rows = (batch, self._noise_tokens + others, *rest)
         self._kept = room(None, rows, dtype, device), room(None, rows, dtype, device)
-        self._changes: KeyValue | None = None  # (B, N, G, D), the image tokens' last changes
+        self._changes: KeyValue | None = None  # (B, N, G, D), the noise tokens' last changes
         if carries:
             changes = room(None, shape, dtype, device), room(None, shape, dtype, device)
             self._changes = changes
+        self.mask: Tensor | None = None
+        """What the last step of all tokens was masked by, its keys in the order of the cache."""
+
+    @property
+    def length(self) -> int:
+        """N + R + T."""
+        return self._kept[0].shape[1]
+
+    @property
+    def heads(self) -> int:
+        """G."""
+        return self._kept[0].shape[2]
 
     def update(
-        self, image: Projected | Projection, text: Projected | Projection | None, walk: Walk
+        self,
+        image: Projected | Projection,
+        text: Projected | Projection | None,
+        walk: Walk,
+        references: Projected | None = None,
     ) -> KeyValue:
         """Write this step's keys and values and return those of all tokens.
 
         Args:
-            image: Of the image tokens that walk, `(B, k, G, D)`, or of all, `(B, N, G, D)`.
+            image: Of the noise tokens that walk, `(B, k, G, D)`, or of all, `(B, N, G, D)`.
             text: Of the text tokens, `(B, T, G, D)`, if they are attended to with the image and
                 walk in this step.
             walk: How the tokens go.
+            references: Of the reference tokens, `(B, R, G, D)`, where there are any and they walk.
         """
         key, value = self._kept
-        tokens = self._image_tokens
+        tokens = self._noise_tokens
         image.put((key[:, :tokens], value[:, :tokens]), self._changes, walk.active)
+        if references is not None:
+            end = tokens + references.key.shape[1]
+            references.put((key[:, tokens:end], value[:, tokens:end]), None, None)
         if text is not None:
-            text.put((key[:, tokens:], value[:, tokens:]), None, None)
+            start = tokens + walk.layout.references
+            text.put((key[:, start:], value[:, start:]), None, None)
         if walk.gain is None or self._changes is None:
             return key, value
         carried = zip((key, value), self._changes)
@@ -110,14 +142,139 @@ class KVCache:
         return [*self._kept, *(self._changes or ())]
 
 
+class Site:
+    """The attention of one layer in the call under way.
+
+    Attributes:
+        walk: How the call's tokens go; None where RAS stands aside.
+        cache: That of the branch under way.
+        reached: For others to take back: whether attention has come here since.
+    """
+
+    def __init__(self, walk: Callable[[], Walk | None]) -> None:
+        self.walk = walk
+        self.cache: KVCache | None = None
+        self.reached = False
+
+    def attend(
+        self, inner: Any, dim: int, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
+    ) -> Tensor:
+        """Attend with the queries that walk over the keys and values of all tokens.
+
+        Attention that is not this layer's own (that of an IP-adapter, of the text alone) is known
+        by other lengths, and passes by.
+
+        Args:
+            inner: The function that attends: `inner(query, key, value, mask, ...)`.
+            dim: The dimension of the tokens, 1 or 2; that of the heads is the other one.
+            query, key, value: Of the tokens that walk, with two such dimensions.
+        """
+        walk, cache = self.walk(), self.cache
+        if walk is None or cache is None:
+            return inner(query, key, value, *args, **kw)
+        joint = cache.length > walk.layout.image
+        text = walk.layout.text if joint else 0
+        if walk.active is not None and walk.reuse_text:
+            text = 0
+        image = walk.layout.image if walk.active is None else walk.active.shape[1]
+        if not query.shape[dim] == key.shape[dim] == text + image:
+            return inner(query, key, value, *args, **kw)
+        self.reached = True
+        kept = _update(walk, cache, dim, (key, value), text)
+        mask = args[0] if args else kw.get("attn_mask")
+        if walk.active is None:
+            cache.mask = None if mask is None else _cache_order(mask, walk, text)
+            return inner(query, key, value, *args, **kw)
+        if cache.mask is not None:
+            mask = _of_queries(cache.mask, walk, joint, text)
+            args, kw = ((mask, *args[1:]), kw) if args else (args, {**kw, "attn_mask": mask})
+        repeats = key.shape[3 - dim] // cache.heads
+        key, value = (_as_heads(part, repeats, dim, like) for part, like in zip(kept, (key, value)))
+        return inner(query, key, value, *args, **kw)
+
+    def rotate(self, inner: Any, tokens: Tensor, *tables: Any, **kw: Any) -> Any:
+        """Turn tokens by tables of the tokens that walk: where each sample has its own, one by one.
+
+        Args:
+            inner: The function that turns: `inner(tokens, *tables)`.
+            tokens: `(B, n, H, D)` or `(B, H, n, D)`.
+            tables: Some of diffusers' have no batch, as all samples have the same tokens there.
+        """
+        walk = self.walk()
+        if walk is None or walk.active is None or self.cache is None:
+            return inner(tokens, *tables, **kw)
+        if not tokens.numel():  # text that stays behind, which not all of diffusers' take
+            return tokens
+        if walk.shared:
+            return inner(tokens, *tables, **kw)
+        turned = []
+        for sample in range(len(tokens)):
+            own = [_of_sample(table, sample) for table in tables]
+            turned.append(inner(tokens[sample : sample + 1], *own, **kw))
+        return torch.cat(turned)
+
+
 class RASAttnProcessor:
     """Stands in an attention layer for the processor it found there, which it calls if idle."""
 
     replaces: ClassVar[tuple[type, ...]]
     """The processors that compute what this one does."""
 
-    def __init__(self, original: Any, walk: Callable[[], Walk | None]) -> None:
-        self.original = original
-        self.walk = walk
-        self.cache: KVCache | None = None
-        """That of the branch under way."""
+    def __init__(self, original: Any, site: Site) -> None:
+        self.ras_original, self.ras_site = original, site
+
+
+def _update(walk: Walk, cache: KVCache, dim: int, fresh: KeyValue, text: int) -> KeyValue:
+    """Write keys and values in the order of the model, of which `text` rows are the text's."""
+    repeats = fresh[0].shape[3 - dim] // cache.heads
+    rows = [part.transpose(1, dim)[:, :, ::repeats] for part in fresh]  # (B, n, G, D)
+    count = rows[0].shape[1] - text
+    start = 0 if walk.image_first else text
+    noise = count if walk.active is not None else walk.layout.tokens
+    ends = start + noise, start + count
+    first_text = start + count if walk.image_first else 0
+
+    def part(begin: int, end: int) -> Projected | None:
+        return Projected(rows[0][:, begin:end], rows[1][:, begin:end]) if begin < end else None
+
+    image = part(start, ends[0])
+    assert image is not None
+    return cache.update(image, part(first_text, first_text + text), walk, part(*ends))
+
+
+def _cache_order(mask: Tensor, walk: Walk, text: int) -> Tensor:
+    """A mask of all tokens, with its keys, the last dimension, in the order of the cache."""
+    if walk.image_first or not text or mask.shape[-1] == 1:
+        return mask
+    return torch.cat([mask[..., text:], mask[..., :text]], dim=-1)
+
+
+def _of_queries(mask: Tensor, walk: Walk, joint: bool, text: int) -> Tensor:
+    """The rows of a mask that are the queries' that walk, where it has any."""
+    if mask.ndim < 4 or mask.shape[-2] == 1:
+        return mask
+    rows = walk.joint if joint else walk.active
+    assert rows is not None
+    if joint and not text:  # the text stays behind
+        start = 0 if walk.image_first else walk.layout.text
+        assert walk.active is not None
+        rows = walk.active + start
+    index = rows.long()[:, None, :, None]
+    mask = mask.expand(len(rows), *mask.shape[1:])
+    return mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
+
+
+def _as_heads(kept: Tensor, repeats: int, dim: int, like: Tensor) -> Tensor:
+    """What a cache has, as the model's attention takes it."""
+    if repeats > 1:
+        kept = kept.repeat_interleave(repeats, dim=2)
+    return kept.transpose(1, dim).to(like.dtype)
+
+
+def _of_sample(table: Any, sample: int) -> Any:
+    """One sample's part of a table that was made to have a batch."""
+    if isinstance(table, Tensor):
+        return table[sample] if table.ndim == 3 else table
+    if isinstance(table, tuple):
+        return tuple(_of_sample(part, sample) for part in table)
+    return table

@@ -30,6 +30,7 @@ class Stats:
             that would have without RAS; all samples, guidance copies and calls. 0 where the tokens
             of the model are not known.
         text_tokens, text_tokens_total: The same of the text tokens that walk with the image.
+        reference_tokens, reference_tokens_total: The same of the tokens that only condition.
         cache_bytes: Bytes that the run's caches held at their largest: keys, values, noise and
             what regions are chosen by. They are freed when a run ends, unless `keep_caches`.
         region_counts: `(samples, H / p, W / p)`, int64: how often each region was computed; None
@@ -49,6 +50,8 @@ class Stats:
     tokens_total: int = 0
     text_tokens: int = 0
     text_tokens_total: int = 0
+    reference_tokens: int = 0
+    reference_tokens_total: int = 0
     cache_bytes: int = 0
     region_counts: Tensor | None = None
     warnings: tuple[str, ...] = ()
@@ -60,9 +63,11 @@ class Stats:
 
     @property
     def speedup_ceiling(self) -> float:
-        """The speed-up if time went with the tokens computed, text included, or else the calls."""
-        computed = self.tokens_computed + self.text_tokens or self.calls_computed
-        total = self.tokens_total + self.text_tokens_total or self.calls_total
+        """The speed-up if time went with the tokens in the sequence, or else with the calls."""
+        computed = self.tokens_computed + self.text_tokens + self.reference_tokens
+        total = self.tokens_total + self.text_tokens_total + self.reference_tokens_total
+        if not total:
+            computed, total = self.calls_computed, self.calls_total
         return total / computed if computed else 1.0
 
     def __str__(self) -> str:
@@ -78,6 +83,9 @@ class Stats:
             rows["image tokens computed"] = tokens
             text = f"{self.text_tokens:,} of {self.text_tokens_total:,}"
             rows["text tokens computed"] = text
+        if self.reference_tokens_total:
+            references = f"{self.reference_tokens:,} of {self.reference_tokens_total:,}"
+            rows["reference tokens computed"] = references
         rows |= {
             "speed-up ceiling": f"{self.speedup_ceiling:.3f}x",
             "caches": f"{self.cache_bytes:,} bytes",
@@ -100,7 +108,7 @@ class Tally:
         layout: The tokens of a sample.
         samples: S as far as it is known; the batch before the first step.
         steps: Solver steps by kind.
-        calls, tokens, text: Those computed, and all of them.
+        calls, tokens, text, references: Those computed, and all of them.
         step: The last solver step in which the transformer was called.
         dense_calls: Calls, the first of their stage, that computed all tokens.
         active_counts: `(S, N)`, in how many others of these a region was active.
@@ -113,30 +121,36 @@ class Tally:
     calls: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     text: Counter[str] = field(default_factory=Counter)
+    references: Counter[str] = field(default_factory=Counter)
     step: int = -1
     dense_calls: int = 0
     active_counts: Tensor | None = None
     cache_bytes: int = 0
 
-    def count(self, batch: int, *, skip: bool, rows: Tensor | None, text_stays: bool) -> None:
+    def count(
+        self, batch: int, layout: Layout, *, skip: bool, rows: Tensor | None, text_stays: bool
+    ) -> None:
         """Note a call of the transformer.
 
         Args:
             batch: B.
+            layout: The tokens of a sample.
             skip: Whether it computes nothing.
             rows: `(B, k)` tokens that walk, or None for all.
             text_stays: Whether the text tokens do not.
         """
-        tokens = self.layout.tokens
+        tokens = layout.tokens
         self.calls["all"] += 1
         self.calls["computed"] += not skip
-        if not self.layout.grid:
+        if not layout.grid:
             return
         walking = 0 if skip else tokens if rows is None else rows.shape[1]
         self.tokens["all"] += batch * tokens
         self.tokens["computed"] += batch * walking
-        self.text["all"] += batch * self.layout.text
-        self.text["computed"] += 0 if text_stays else batch * self.layout.text
+        self.text["all"] += batch * layout.text
+        self.text["computed"] += 0 if text_stays else batch * layout.text
+        self.references["all"] += batch * layout.references
+        self.references["computed"] += batch * layout.references * (not skip and rows is None)
 
     def lead(self, step: int | None, *, skip: bool, active: Tensor | None) -> None:
         """Note the first call of a stage.
@@ -184,6 +198,8 @@ class Tally:
             tokens_total=self.tokens["all"],
             text_tokens=self.text["computed"],
             text_tokens_total=self.text["all"],
+            reference_tokens=self.references["computed"],
+            reference_tokens_total=self.references["all"],
             cache_bytes=self.cache_bytes,
             region_counts=self.region_counts,
             warnings=warnings,

@@ -23,9 +23,9 @@ from ..api import enabled, is_enabled, session_of
 from ..clock import Clock, carried, position
 from ..config import DEFAULT_SPEEDUP, RASConfig, check_count
 from ..layout import Layout
-from ..mount import StepWatch
 from ..plan import DENSE, SKIP, Plan
 from ..run import Run
+from ..slots import StepWatch
 from .error_model import ErrorModel
 from .planner import TOLERANCE, plan_run, plan_speedup, plan_whole
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..clock import Clock
 from ..config import DEFAULT_SPEEDUP, EXTRAPOLATION, RASConfig
 from ..layout import Layout
-from ..plan import DENSE, SKIP, Plan, RunPlan
+from ..plan import DENSE, SKIP, Plan, RunPlan, speedup_of
 from .error_model import ErrorModel, covariance
 from .paper import paper_plan, resets
 
@@ -43,19 +43,25 @@ def plan_run(
     else:
         speedup = DEFAULT_SPEEDUP if config.speedup is None else config.speedup
         if given is not None:
-            speedup = given.speedup(layout.tokens, layout.text, reuse_text=config.reuse_text)
+            speedup = speedup_of(given, layout, config)
             complaints.append(
                 f"the plan is one of {len(given.shares)} steps and the run has {steps}, so that "
                 f"another is made for its speed-up of {speedup:.2f}"
             )
         plan = _of_least_error(config, speedup, clock, layout, masked_tokens)
-        reached = plan.speedup(layout.tokens, layout.text, reuse_text=config.reuse_text)
+        reached = speedup_of(plan, layout, config)
         if abs(reached / speedup - 1) > TOLERANCE:
             complaints.append(
                 f"a speed-up of {speedup:g} cannot be met in {steps} steps with these settings; "
                 f"it is {reached:.2f}"
             )
     return RunPlan(plan, layout, config, "; ".join(complaints) or None)
+
+
+def without_partial_steps(planned: RunPlan, clock: Clock) -> RunPlan:
+    """The plan of whole steps for a run that has no room for keys and values."""
+    plan = _of_least_error(planned.config, planned.speedup, clock, Layout(), None)
+    return replace(planned, plan=plan)
 
 
 def _of_least_error(
@@ -73,7 +79,7 @@ def _of_least_error(
     if not layout.grid:
         return plan_whole(model, speedup, pinned)
     text = 0 if config.reuse_text else layout.text
-    if masked_tokens and (masked_tokens + text) / (layout.tokens + layout.text) < MASK_PAYS:
+    if masked_tokens and (masked_tokens + text) / layout.sequence < MASK_PAYS:
         return plan_masked(
             model,
             speedup,
@@ -110,7 +116,7 @@ def plan_speedup(
     pinned: Collection[int] = (),
     share: float | None = None,
 ) -> Plan:
-    """The plan of least modelled error at `1 / speedup` of a dense run's tokens, text included.
+    """The plan of least modelled error at `1 / speedup` of what is in a dense run's sequences.
 
     Dense steps alone where some number of them comes within `TOLERANCE`: what a partial step adds
     is less than what keeping K and V for it costs. Else as many as the tokens allow, and partial
@@ -124,7 +130,7 @@ def plan_speedup(
         pinned: Steps that must be dense.
         share: Of the image tokens in every partial step; None fits a step to what is left.
     """
-    num_tokens, full = layout.tokens, layout.tokens + layout.text
+    num_tokens, full = layout.tokens, layout.sequence
     text = 0 if reuse_text else layout.text
     budget = model.steps * full / speedup
     least = len({0, *pinned})
@@ -167,7 +173,7 @@ def plan_masked(
     Dense steps keep the context fresh, which alone matters beside the mask; both kinds of step
     fall where as many dense ones would.
     """
-    num_tokens, full = layout.tokens, layout.tokens + layout.text
+    num_tokens, full = layout.tokens, layout.sequence
     partial = (masked_tokens + (0 if reuse_text else layout.text)) / full
     must = {0, *pinned}
     budget = max(model.steps / speedup, 1)

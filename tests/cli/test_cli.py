@@ -17,7 +17,7 @@ import torch
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
-    FluxPipeline,
+    PRXPipeline,
     StableDiffusion3Pipeline,
     UNet2DModel,
 )
@@ -362,7 +362,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"ras {ras.__version__}\n"
 
 
-class OfImages(FluxPipeline):
+class OfImages(PRXPipeline):
     """A pipeline without partial steps, that takes prompts and returns pictures."""
 
     def __call__(self, prompt=None, num_inference_steps=None, generator=None, **call):
@@ -376,7 +376,7 @@ class OfImages(FluxPipeline):
 
 def test_a_model_without_partial_steps(tmp_path, monkeypatch, capsys):
     """Calls are counted in the place of tokens, and the map is of the image as a whole."""
-    pipe, draw = ENTRIES["flux"].build()
+    pipe, draw = ENTRIES["prx"].build()
     pipe.__class__, pipe.draw = OfImages, draw
     monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
     out = tmp_path / "out.png"
@@ -390,10 +390,8 @@ def test_a_model_without_partial_steps(tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_of_something_else_than_images(tmp_path, monkeypatch, capsys):
-    pipe, _ = ENTRIES["flux"].build()
-    pipe.__class__ = type(
-        "Sound", (FluxPipeline,), {"__call__": lambda *_, **__: SimpleNamespace()}
-    )
+    pipe, _ = ENTRIES["prx"].build()
+    pipe.__class__ = type("Sound", (PRXPipeline,), {"__call__": lambda *_, **__: SimpleNamespace()})
     monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
     assert cli.main(["generate", "a ring", "--out", str(tmp_path / "out.png")]) == 2
     assert "Sound makes no images" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def test_a_plan_before_any_run(name):
             assert ras.stats(pipe).plan == planned.plan
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", "longcat-audio"])
+@pytest.mark.parametrize("name", ["prx", "sana-video", "longcat-audio"])
 def test_a_bare_transformer(name):
     """With its scheduler it is what the pipeline is."""
     pipe, run = ENTRIES[name].build()
@@ -192,11 +192,11 @@ def test_a_bare_transformer(name):
     [("mask", torch.ones(8, 8)), ("sample_ratio", 0.5), ("plan", (1, 0.5, 1, 0))],
 )
 def test_partial_steps_are_refused_where_there_are_none(setting, value):
-    pipe, _ = ENTRIES["flux"].build()
-    before = marks(pipe, ENTRIES["flux"])
-    with pytest.raises(ValueError, match=rf"{setting}=.*FluxPipeline.*speedup="):
+    pipe, _ = ENTRIES["prx"].build()
+    before = marks(pipe, ENTRIES["prx"])
+    with pytest.raises(ValueError, match=rf"{setting}=.*PRXPipeline.*speedup="):
         ras.enable(pipe, **{setting: value})
-    assert marks(pipe, ENTRIES["flux"]) == before
+    assert marks(pipe, ENTRIES["prx"]) == before
     ras.enable(pipe, speedup=3, error_reset_steps=(5,), mask=False)
     assert ras.plan(pipe, STEPS).plan.shares.count(1) == 3
 
@@ -204,7 +204,7 @@ def test_partial_steps_are_refused_where_there_are_none(setting, value):
 @pytest.mark.parametrize("steps, speedup, dense", [(8, 3, 3), (7, 2, 4), (5, 50, 1), (28, 1.5, 19)])
 def test_the_nearest_number_of_whole_steps(steps, speedup, dense):
     """With a warning where it is not near."""
-    pipe, run = ENTRIES["flux"].build()
+    pipe, run = ENTRIES["prx"].build()
     ras.enable(pipe, speedup=speedup)
     planned = ras.plan(pipe, steps)
     assert planned.plan.shares.count(1) == dense and set(planned.plan.shares) == {0, 1}

@@ -327,7 +327,7 @@ def test_every_form_of_guidance(name):
     """One call, two, a batch, three; two transformers, noise that is predicted, double steps."""
     pipe, prompts = prompted(name), ["a", "b"]
     plan = ras.calibrate(pipe, prompts, num_inference_steps=STEPS, batch_size=1)
-    assert not ras.is_enabled(pipe) and plan.shares.count(1) == 4 and plan.shares.count(0) == 4
+    assert not ras.is_enabled(pipe) and sum(plan.shares) == pytest.approx(4, rel=0.05)
 
     def draws(**settings):
         found = []
