@@ -176,8 +176,11 @@ FAMILIES = (
         "Flux2Transformer2DModel",
         ("Flux2", "Flux2Klein", "Flux2KleinKV"),
         attention=BOTH_LISTS,
-        enter={"": {"hidden_states": IMAGE}, "pos_embed": {0: TABLE, 1: TABLE}},
-        first=("pos_embed",),
+        enter={
+            "": {"hidden_states": IMAGE},
+            "transformer_blocks.*": {"image_rotary_emb": JOINT_TABLE},
+            "single_transformer_blocks.*": {"image_rotary_emb": JOINT_TABLE},
+        },
         leave="proj_out",
         layout=by_ids("img_ids", "encoder_hidden_states"),
         packed=2,

@@ -40,7 +40,6 @@ class Family:
             image's tokens' (IMAGE) or also the text's (JOINT). {} for whole steps alone.
         enter: What has a row per token: by pattern ("" is the transformer), arguments by name and
             outputs by index (None is the output itself). Of lists and dictionaries, all tensors.
-        first: Patterns whose modules are called more than once, the image's tokens coming first.
         leave: The layer whose output is the tokens' noise.
         leaves: Whether the text's rows are in it.
         image_first: Whether the image comes before the text in joint attention.
@@ -66,7 +65,6 @@ class Family:
     blocks: tuple[str, ...] = ()
     attention: Mapping[str, Rows] = field(default_factory=dict)
     enter: Mapping[str, Mapping[str | int | None, Rows]] = field(default_factory=dict)
-    first: tuple[str, ...] = ()
     leave: str = ""
     leaves: Rows = Rows.IMAGE
     image_first: bool = False
@@ -99,7 +97,7 @@ class Family:
     def check_names(self, transformer: Any) -> None:
         """Raise ValueError, with the name, for a module of the record that is not there."""
         names = [name for name, _ in transformer.named_modules()]
-        for pattern in (*self.attention, *self.enter, *self.first, self.leave):
+        for pattern in (*self.attention, *self.enter, self.leave):
             if pattern and not any(matches(name, pattern) for name in names):
                 raise ValueError(f"{type(transformer).__name__} has no module {pattern!r}")
         if self.regions and not self.leave:

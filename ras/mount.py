@@ -40,7 +40,6 @@ class Mount:
         self.call: Call | None = None  # None: RAS stands aside
         self._session = session
         self._parameters = list(inspect.signature(transformer.forward).parameters)
-        self._entered: set[str] = set()  # of `Family.first`, in the call under way
         self._layers = [
             ProcessorSlot(attn, rows, family.processor, lambda: self._walk)
             for attn, rows in family.attention_layers(transformer)
@@ -64,8 +63,7 @@ class Mount:
                     hook = functools.partial(self._enter_arguments, names, positions)
                     found.append(HookSlot(transformer, path, hook, before=True))
                 if outputs:
-                    once = path if pattern in self.family.first else None
-                    hook = functools.partial(self._enter_outputs, outputs, once)
+                    hook = functools.partial(self._enter_outputs, outputs)
                     found.append(HookSlot(transformer, path, hook))
         return found
 
@@ -187,7 +185,6 @@ class Mount:
             return None
         for layer, cache in zip(self._layers, call.branch.caches):
             layer.use(cache)
-        self._entered.clear()
         if call.walk.active is None:
             return None
         spots = self.family.enter.get("", {})
@@ -253,7 +250,6 @@ class Mount:
     def _enter_outputs(
         self,
         spots: Mapping[int | None, Rows],
-        once: str | None,
         module: nn.Module,
         args: Any,
         output: Any,
@@ -262,10 +258,6 @@ class Mount:
         walk = self._walk
         if walk is None or walk.active is None:
             return output
-        if once is not None:
-            if once in self._entered:
-                return output
-            self._entered.add(once)
         return take_outputs(spots, output, walk)
 
     def _leave(self, module: nn.Module, args: Any, noise: Tensor) -> Tensor:
