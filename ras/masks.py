@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 import types
 import weakref
 from typing import Any
@@ -53,22 +55,33 @@ def masked_regions(mask: Tensor, grid: tuple[int, ...], margin: int) -> Tensor:
 
     Args:
         mask: `(S, 1, height, width)`, of any size.
-        grid: Regions in height and width.
+        grid: Regions in height and width, and frames before, which all have the same mask.
         margin: How far regions beside the mask belong to it, in regions.
 
     Returns:
         k is that of the sample with most; the others take in the regions next to theirs.
     """
-    touched = F.adaptive_max_pool2d((mask > 0.5).float(), grid)
+    frames, sides = math.prod(grid[:-2]), grid[-2:]
+    touched = F.adaptive_max_pool2d((mask > 0.5).float(), sides)
     distance = torch.zeros_like(touched)
     reached = touched
-    for _ in range(max(grid)):  # how many widenings it takes to reach each region
+    for _ in range(max(sides)):  # how many widenings it takes to reach each region
         distance += 1 - reached
         reached = F.max_pool2d(reached, 3, stride=1, padding=1)
     distance = distance.flatten(1)
     count = int((distance <= margin).sum(dim=1).max())
     nearest = distance.argsort(dim=1, stable=True)[:, :count]
-    return nearest.sort(dim=1).values.to(torch.int32)
+    regions = nearest.sort(dim=1).values.to(torch.int32)
+    starts = torch.arange(frames, dtype=torch.int32) * math.prod(sides)
+    return (starts[None, :, None] + regions[:, None]).flatten(1)
+
+
+def _as_mask_if_one(value: Any) -> Tensor | None:
+    """A pipeline's own mask, or None where it is no mask that we know, or has nothing under it."""
+    try:
+        return as_mask(value)
+    except (TypeError, ValueError):
+        return None
 
 
 class MaskWatch:
@@ -79,13 +92,15 @@ class MaskWatch:
         self._pipe = weakref.ref(pipe)
         prepare, watch = type(pipe).prepare_mask_latents, weakref.ref(self)
 
+        signature = inspect.signature(prepare)
+
         @functools.wraps(prepare)
-        def prepare_mask_latents(self: Any, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def prepare_mask_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
             seen = watch()
             if seen is not None and self is seen._pipe():
-                marks = (mask > 0.5).flatten(1).any(dim=1).all()
-                seen.mask = as_mask(mask) if marks else None
-            return prepare(self, mask, *args, **kwargs)
+                given = signature.bind(self, *args, **kwargs).arguments
+                seen.mask = _as_mask_if_one(given.get("mask", given.get("mask_image")))
+            return prepare(self, *args, **kwargs)
 
         pipe.prepare_mask_latents = types.MethodType(prepare_mask_latents, pipe)
 

@@ -71,7 +71,7 @@ def _redirected(kind: Any) -> Any:
     if not redirector.attends or call.__closure__:
         return None
     # Tracebacks, and guards of compilers, go by the lines of the original.
-    ast.increment_lineno(ast.fix_missing_locations(tree), call.__code__.co_firstlineno - 1)
+    ast.increment_lineno(tree, call.__code__.co_firstlineno - 1)
     flags = call.__code__.co_flags & __future__.annotations.compiler_flag
     module = compile(tree, call.__code__.co_filename, "exec", flags, dont_inherit=True)
     code = next(each for each in _codes(module) if each.co_name == call.__name__)
@@ -84,7 +84,7 @@ def _redirected(kind: Any) -> Any:
         "__call__": ours,
         "__copy__": lambda self: copy.copy(self.ras_original),
         "__deepcopy__": lambda self, memo: copy.deepcopy(self.ras_original, memo),
-        "__reduce_ex__": lambda self, protocol: self.ras_original.__reduce_ex__(protocol),
+        "__reduce_ex__": lambda self, protocol: (_itself, (self.ras_original,)),
     }
     return type(kind.__name__, (_Redirected, kind), members)
 
@@ -104,16 +104,24 @@ class _Redirector(ast.NodeTransformer):
         name = ast.unparse(node.func)
         if name in TOKENS_AT:
             self.attends = True
-            node.args[:0] = [node.func, ast.Constant(TOKENS_AT[name])]
-            node.func = _of_site("attend")
+            node.args[:0] = [node.func, ast.copy_location(ast.Constant(TOKENS_AT[name]), node)]
+            node.func = _of_site("attend", node)
         elif name.startswith(ROTATIONS):
             node.args.insert(0, node.func)
-            node.func = _of_site("rotate")
+            node.func = _of_site("rotate", node)
         return node
 
 
-def _of_site(method: str) -> ast.expr:
-    return ast.parse(f"self.ras_site.{method}", mode="eval").body
+def _of_site(method: str, node: ast.expr) -> ast.expr:
+    expression = ast.parse(f"self.ras_site.{method}", mode="eval").body
+    for part in ast.walk(expression):
+        ast.copy_location(part, node)
+    return expression
+
+
+def _itself(original: Any) -> Any:
+    """What a pickle of ours is read as."""
+    return original
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

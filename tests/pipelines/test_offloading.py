@@ -12,8 +12,8 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload
 from diffusers import SD3Transformer2DModel
 from diffusers.hooks import group_offloading
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
-from diffusers.utils import torch_utils
 from support import pipelines
+from support.offloading import CPU, FP8, WAYS, casting, no_streams
 from support.operands import DEVICE
 from support.oracle import relative_error
 from support.pipelines import Recorder, sd3_inputs
@@ -31,8 +31,6 @@ pytestmark = [
 PLAN = (1, 0, 1, 0.5, 0, 0.25, 1, 0.5)  # skips as soon as it may
 SKIPPED = (1, 4)
 STEPS_OF_PLAN = (3, 3, 2)
-CPU = torch.device("cpu")
-FP8 = torch.float8_e4m3fn
 
 FAMILIES = {
     "sd3": lambda **config: with_inputs("sd3", **config),
@@ -48,70 +46,6 @@ def with_inputs(family, **config):
     return pipe, getattr(pipelines, f"{family}_inputs")(pipe, 2)
 
 
-# --- ways of offloading ---------------------------------------------------------------------------
-
-
-def by_model(pipe):
-    pipe.enable_model_cpu_offload(device=DEVICE)
-
-
-def sequentially(pipe):
-    if DEVICE == "cuda":
-        pipe.enable_sequential_cpu_offload(device=DEVICE)
-    else:  # which that refuses to go back to
-        accelerate.cpu_offload(pipe.transformer, CPU)
-
-
-def by_groups(level, streams=False, **options):
-    def apply(pipe):
-        pipe.transformer.enable_group_offload(
-            onload_device=torch.device(DEVICE),
-            offload_device=CPU,
-            offload_type=level,
-            num_blocks_per_group=None if level == "leaf_level" else 1,
-            use_stream=streams and DEVICE == "cuda",
-            **options,
-        )
-
-    def apply_with_a_stream_of_nothing(pipe):
-        config = group_offloading.GroupOffloadingConfig(
-            onload_device=CPU,
-            offload_device=CPU,
-            offload_type=group_offloading.GroupOffloadingType(level),
-            non_blocking=False,
-            record_stream=False,
-            low_cpu_mem_usage=True,
-            num_blocks_per_group=1,
-            stream=torch.cpu.Stream(),
-        )
-        group_offloading._apply_group_offloading(pipe.transformer, config)
-
-    def apply_if_possible(pipe):
-        if DEVICE == "cpu" and not hasattr(torch_utils, "TorchDeviceBackend"):
-            pytest.skip("group offloading of this version of diffusers needs a GPU")
-        (apply_with_a_stream_of_nothing if streams and DEVICE == "cpu" else apply)(pipe)
-
-    return apply_if_possible
-
-
-def casting(storage):
-    def apply(pipe):
-        transformer = pipe.to(DEVICE).transformer
-        transformer.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
-
-    return apply
-
-
-WAYS = {
-    "model": by_model,
-    "sequential": sequentially,
-    "leaves": by_groups("leaf_level"),
-    "leaves-streams": by_groups("leaf_level", streams=True),
-    "blocks": by_groups("block_level"),
-    "blocks-streams": by_groups("block_level", streams=True),
-    "float8": casting(FP8),
-    "bfloat16": casting(torch.bfloat16),
-}
 LOADS = [  # what brings weights to where, or to what, they are needed as
     (CpuOffload, "pre_forward"),
     (AlignDevicesHook, "pre_forward"),
@@ -122,11 +56,7 @@ LOADS = [  # what brings weights to where, or to what, they are needed as
 
 @pytest.fixture(autouse=True)
 def streams_of_nothing(monkeypatch):
-    """Where there is no GPU, what streams do between transfers, without any."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-        monkeypatch.setattr(torch.cpu.Stream, "synchronize", lambda self: None, raising=False)
+    no_streams(monkeypatch)
 
 
 @pytest.fixture
