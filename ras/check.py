@@ -1,8 +1,9 @@
 """A test of a family's record, which needs nothing else to go by.
 
-A step that computes all tokens, in shuffled order and over cached keys and values, has to give what
-the dense step of the same inputs gave. It does not if a record leaves out a place where tokens
-enter, names a layer whose attention is of other tokens, or has the order of the text wrong.
+After a dense call, one of the same inputs that computes all tokens in shuffled order, or any half
+of them, over the keys and values kept, has to give the same output. It does not if a record leaves
+out a place where tokens enter or a layer of attention, names one whose keys are of other tokens, or
+has the order of the text wrong.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.05, tor
 def check(pipe: Any, *, family: Family | None = None, **call: Any) -> float:
     """Try on a pipeline's own call whether its partial steps compute what they should.
 
-    The pipeline runs as it is; each call of its transformers is made twice more, for all tokens,
-    and for all of them in an order that is shuffled for each sample.
+    The pipeline runs as it is. Each call of its transformers is made three times more: densely,
+    for all tokens in an order that is shuffled for each sample, and for half of these.
 
     Args:
         pipe: A pipeline that is not enabled, with partial steps (`ras models`).
@@ -62,7 +63,7 @@ def check(pipe: Any, *, family: Family | None = None, **call: Any) -> float:
     dtype = getattr(families[0][0], "dtype", torch.float32)
     if not max(errors) <= TOLERANCE.get(dtype, 0.05):
         raise AssertionError(
-            f"a step of all tokens in shuffled order is not the dense step: relative error "
+            f"partial steps of the inputs of a dense one differ from that: relative error "
             f"{max(errors):.2g}; the record of {families[0][1].model} is wrong for this call"
         )
     return max(errors)
@@ -76,7 +77,7 @@ class _Probe:
         self.errors: list[float] = []
         self.handle: Any = None
         self._mount: Mount | None = None
-        self._branch, self._rows = Branch(), False
+        self._branch, self._share = Branch(), 0
 
     def listen(self) -> None:
         self.handle = self.transformer.register_forward_hook(self._again, with_kwargs=True)
@@ -91,15 +92,16 @@ class _Probe:
             raise AssertionError(f"the attention processor {name} cannot be stood in for")
         mount.attach()
         try:
-            self._branch, self._rows = Branch(), False
-            given = copy.deepcopy((args, kwargs))
-            dense = module(*args, **kwargs)
-            self._rows = True
-            shuffled = module(*given[0], **given[1])
+            self._branch = Branch()
+            outputs = []
+            for self._share in (0, 1, 2):
+                given = copy.deepcopy((args, kwargs))
+                outputs.append(module(*given[0], **given[1]))
         finally:
             mount.detach()
             self._mount = None
-        self.errors.append(max(_error(shuffled, dense), _error(dense, output)))
+        dense, *partial = outputs
+        self.errors += [_error(dense, output), *(_error(each, dense) for each in partial)]
 
     # --- what a mount asks of its session
 
@@ -107,7 +109,7 @@ class _Probe:
         return self._mount if transformer is self.transformer else None
 
     def begin_call(self, mount: Mount, inputs: dict[str, Any]) -> Call:
-        """Compute all tokens, in their order the first time."""
+        """Compute all tokens, then all in another order, then the first half of another one."""
         family, branch = self.family, self._branch
         obstacle = family.obstacle(mount.transformer, inputs)
         layout = family.layout(mount.transformer, inputs)
@@ -115,8 +117,9 @@ class _Probe:
         if obstacle is not None or not layout.grid or latents is None:
             raise AssertionError(obstacle or f"there is no layout of {form_of(inputs)}")
         batch, first = len(latents), latents[0]
-        if self._rows:
-            orders = [torch.randperm(layout.tokens) for _ in range(batch)]
+        if self._share:
+            count = -(-layout.tokens // self._share)
+            orders = [torch.randperm(layout.tokens)[:count] for _ in range(batch)]
             branch.rows = torch.stack(orders).to(first.device, torch.int32)
         else:
             mount.make_room(branch, batch, layout, first.dtype, first.device, extrapolates=False)

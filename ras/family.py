@@ -142,6 +142,8 @@ class Family:
 
     def unpack(self, tokens: Tensor, transformer: Any, grid: tuple[int, ...]) -> list[Tensor]:
         """The transformer's output, as a list of its tensors, that the noise `(B, N, C)` is."""
+        if self.output == PACKED:
+            return [tokens]
         sizes = dict(zip("tpqfhw", self.patch(transformer) + (1,) * (3 - len(grid)) + grid))
         axes = {axis: size for axis, size in sizes.items() if axis in self.output}
         output = rearrange(tokens, self.output, **axes)

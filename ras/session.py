@@ -22,6 +22,7 @@ from .plan import DENSE, SKIP, RunPlan
 from .policy.planner import plan_run, without_partial_steps
 from .policy.selection import Selection
 from .run import Run
+from .site import KVCache
 from .slots import StepWatch
 from .stats import Stats, Tally
 
@@ -67,6 +68,7 @@ class Session:
         self._runs = 0
         self._warnings: dict[str, str] = {}
         self._unseen_attention = False
+        self._room_for_changes = True  # of keys and values, as far as is known
 
     # --- on and off ---------------------------------------------------------------------------
 
@@ -287,14 +289,16 @@ class Session:
         """Make room for a branch; False if its keys and values are more than there may be."""
         assert self.run is not None
         extrapolates = self.run.planned.extrapolates
-        carries = self.config.kv_correction and extrapolates
+        carries = self.config.kv_correction and extrapolates and self._room_for_changes
         if caches and not branch.caches and self.config.max_cache_bytes is not None:
             numbers = mount.cache_numbers(layout)
             kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
-            left = self.config.max_cache_bytes - self._cache_bytes()
-            if kept > left:
+            if carries and kept + changes > self._cache_bytes_left():
+                carries = self._room_for_changes = False
+                for cache in self._caches():
+                    cache.forget_changes()
+            if kept > self._cache_bytes_left():
                 return False
-            carries = carries and kept + changes <= left
         mount.make_room(
             branch,
             len(latents),
@@ -310,10 +314,15 @@ class Session:
                 torch._dynamo.mark_static_address(tensor, guard=False)
         return True
 
-    def _cache_bytes(self) -> int:
-        """Of the keys and values of all branches."""
-        caches = [cache for branch in self._branches.values() for cache in branch.caches]
-        return sum(tensor.nbytes for cache in caches for tensor in cache.tensors)
+    def _caches(self) -> list[KVCache]:
+        """The keys and values of all branches."""
+        return [cache for branch in self._branches.values() for cache in branch.caches]
+
+    def _cache_bytes_left(self) -> int:
+        """Of those that keys and values may take up."""
+        assert self.config.max_cache_bytes is not None
+        kept = [tensor.nbytes for cache in self._caches() for tensor in cache.tensors]
+        return self.config.max_cache_bytes - sum(kept)
 
     def _go_on_by_whole_steps(self, run: Run) -> None:
         """Plan a run anew that cannot keep its keys and values."""

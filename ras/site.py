@@ -131,6 +131,10 @@ class KVCache:
         )
         return key, value
 
+    def forget_changes(self) -> None:
+        """Hold keys and values as they are from now on."""
+        self._changes = None
+
     def reset(self) -> None:
         """Forget what was, where it is."""
         for tensor in self.tensors:
