@@ -91,12 +91,12 @@ def _z_image_obstacle(transformer: Any, inputs: Inputs) -> str | None:
 def _lumina2_layout(transformer: Any, inputs: Inputs) -> Layout:
     """The text that is not padding; the transformer itself reads how long it is, in each call."""
     image = patched()(transformer, inputs)
-    return Layout(image.grid, int(inputs["encoder_attention_mask"].sum(dim=1).max()))
+    return Layout(image.grid, max(inputs["encoder_attention_mask"].sum(dim=1).tolist()))
 
 
 def _lumina2_obstacle(transformer: Any, inputs: Inputs) -> str | None:
-    lengths = inputs["encoder_attention_mask"].sum(dim=1)
-    return "the samples' texts are of unlike length" if lengths.unique().numel() > 1 else None
+    lengths = set(inputs["encoder_attention_mask"].sum(dim=1).tolist())
+    return "the samples' texts are of unlike length" if len(lengths) > 1 else None
 
 
 def _aura_flow_layout(transformer: Any, inputs: Inputs) -> Layout:

@@ -231,9 +231,12 @@ def by_ids(ids: str, text: str | None = None) -> Callable[[Any, Inputs], Layout]
 
     def layout(transformer: Any, inputs: Inputs) -> Layout:
         count, places = inputs["hidden_states"].shape[1], inputs[ids]
-        places = (places if places.ndim == 2 else places[0])[-count:].cpu()
-        noise = int((places[:, 0] == places[0, 0]).long().cumprod(0).sum())
-        height, width = (int(side) + 1 for side in (places[:noise, 1:3] - places[0, 1:3]).amax(0))
+        rows = (places if places.ndim == 2 else places[0])[-count:, :3].tolist()
+        others = (at for at, row in enumerate(rows) if row[0] != rows[0][0])
+        noise = next(others, count)
+        height, width = (
+            int(max(row[axis] for row in rows[:noise]) - rows[0][axis]) + 1 for axis in (1, 2)
+        )
         if height * width != noise:
             return Layout()
         return Layout((height, width), text_of(inputs, text), count - noise)

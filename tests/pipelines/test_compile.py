@@ -5,23 +5,21 @@ same model without compilation; Inductor's own code is compared in two cases at 
 """
 
 import functools
-import inspect
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from support import pipelines
+from support.graphs import WITHIN_A_CALL, Graphs, recompile_nothing
 from support.oracle import relative_error
 from support.runs import SHARES, load_lora, loop, lora, run
 from support.zoo import ENTRIES
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import ras
 import ras_kernels
 from ras import projections
 
-WITHIN_A_CALL = "recompile_limit" in inspect.signature(torch.compile).parameters
 PARTIAL = (1, 1, 0.5, 1, 0, 0.5, 1)  # all kinds of step
 SEEDS = (0, 1, 2, 3)
 HELD = 2  # graphs, at most, of a skipped step: predicted tokens, and the image that they are
@@ -39,23 +37,6 @@ def compiler():
     with torch._dynamo.config.patch({} if WITHIN_A_CALL else {"cache_size_limit": 64}):
         yield
     torch._dynamo.reset()
-
-
-class Graphs:
-    """A backend that runs graphs as they are, and notes the ops of `ras_kernels` in each."""
-
-    def __init__(self):
-        self.layers = []  # of graphs with layers in them
-        self.held = []  # of those that make something of held noise alone
-
-    def __call__(self, module, example_inputs):
-        calls = [node.target for node in module.graph.nodes if node.op == "call_function"]
-        ops = {call._opname for call in calls if hasattr(call, "_opname")}
-        (self.layers if nn.functional.linear in calls else self.held).append(ops)
-        return module.forward
-
-    def __len__(self):
-        return len(self.layers)
 
 
 # --- models and the ways to compile them ----------------------------------------------------------
@@ -109,10 +90,6 @@ def uncompiled(family, config, count=4, layers=None):
 
 def config_of(ratio=0.5, **settings):
     return ras.RASConfig(plan=[ratio if share == 0.5 else share for share in PARTIAL], **settings)
-
-
-def recompile_nothing():
-    return torch._dynamo.config.patch(error_on_recompile=True)
 
 
 def check(found, expected):

@@ -14,6 +14,7 @@ from support import pipelines
 from support.operands import DEVICE
 from support.oracle import relative_error
 from support.runs import run
+from support.zoo import ENTRIES
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -149,6 +150,25 @@ def test_a_run_reads_no_more_than_a_dense_one(family, count, name, monkeypatch, 
     found, stats = reads(monkeypatch, family, config, mask if name == "mask" else None)
     assert found == dense
     assert (stats.steps_sparse > 0) == (name != "default") and stats.steps_dense < STEPS
+
+
+@pytest.mark.parametrize(
+    "name, more", [("flux", 1), ("flux-kontext", 1), ("qwen", 0), ("wan", 0), ("z-image", 0)]
+)
+def test_partial_steps_of_any_transformer(name, more, monkeypatch, as_on_a_device):
+    """FLUX tells by tensors alone where its tokens are: they are read once, before the first step."""
+    found = []
+    for plan in (None, PARTIAL):
+        pipe, call = ENTRIES[name].build()
+        if plan is not None:
+            ras.enable(pipe, plan=plan)
+        with monkeypatch.context() as patch, Reads(patch, pipe.scheduler) as watch:
+            call(STEPS)
+        found.append(watch.places)
+    dense, places = found
+    assert ras.stats(pipe).steps_sparse == 5 and not dense - places
+    assert sum((places - dense).values()) == more
+    assert all("family.py" in place for _, place in places - dense)
 
 
 def test_reads_are_seen(monkeypatch):
