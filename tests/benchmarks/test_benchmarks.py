@@ -52,15 +52,18 @@ def test_end_to_end_of_lumina_with_guidance_and_a_plan(tmp_path, capsys):
     assert half["cache_bytes"] == keys_and_values + noise + 16 * 4  # and ages
 
 
-@pytest.mark.parametrize("compiled", [[], ["--compile=eager"]], ids=["eager", "compiled"])
+@pytest.mark.parametrize("more", [["--speedups=2"], ["--compile=eager"]], ids=["plan", "compiled"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_end_to_end_of_each_family_with_guidance(family, compiled, capsys):
+def test_end_to_end_of_each_family(family, more, capsys):
     shape = ["--layers=1", "--heads=2", "--head-dim=32", "--image-tokens=16", "--text-tokens=3"]
-    run = ["--steps=6", "--ratios", "--speedups=2", "--pairs=1", "--device=cpu"]
+    run = ["--steps=6", "--resets=5", "--ratios=0.5", "--pairs=1", "--device=cpu"]
     kind = [f"--family={family}", "--guidance", "--dtype=bfloat16", "--json"]
-    end_to_end.main([*shape, *run, *kind, *compiled])
-    (planned,) = json.loads(capsys.readouterr().out)["rows"]
-    assert (planned["steps_dense"], planned["steps_skipped"]) == (3, 3)
+    end_to_end.main([*shape, *run, *kind, *more])
+    half, *planned = json.loads(capsys.readouterr().out)["rows"]
+    text = 3 if FAMILIES[family].walking_text else 0
+    assert half["ceiling"] == pytest.approx(6 / (5 + (8 + text) / (16 + text)))
+    assert half["steps_sparse"] == 1 and half["cache_bytes"] > 0
+    assert [row["steps_skipped"] for row in planned] == [3] * len(planned)
 
 
 @pytest.mark.parametrize(
