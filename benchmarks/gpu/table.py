@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from ..speed.families import FAMILIES, Family
+from ..speed.families import PUBLISHED, Family
 from ..tables import COLOURS, NOT_MEASURED, RESULTS, ROOT, UNMEASURED, grid, save
 from . import goals
 
@@ -126,7 +126,7 @@ def table(parts: Parts) -> str:
     """A row per model, dtype and setting, in Markdown."""
     lines = (
         line(name, family, dtype, ratio, parts)
-        for name, family in FAMILIES.items()
+        for name, family in PUBLISHED.items()
         for dtype in DTYPES
         for ratio in (*RATIOS, None)
     )
@@ -174,7 +174,7 @@ def memory(record: Row, setting: str) -> str:
 def plots(folder: Path) -> None:
     """A plot of each family that has something to show."""
     parts = read(folder)
-    for name in FAMILIES:
+    for name in PUBLISHED:
         lines = {}
         for dtype in DTYPES:
             for mode in MODES:
@@ -188,7 +188,7 @@ def plots(folder: Path) -> None:
 
 def drawn(name: str, lines: dict[tuple[str, str], list[tuple[float, float]]]) -> Figure:
     """Speed-up against ratio: a line for each dtype and mode, the ceiling, the paper's points."""
-    family = FAMILIES[name]
+    family = PUBLISHED[name]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(RATIOS, [family.ceiling(r) for r in RATIOS], "k--", label="ceiling by tokens")

@@ -2,17 +2,20 @@
 
     python -m benchmarks.speed.end_to_end
     python -m benchmarks.speed.end_to_end --family lumina --layers 24 --image-tokens 4096 --guidance
+    python -m benchmarks.speed.end_to_end --family flux --layers 2 --ratios 0.5 0.25 --compile
     python -m benchmarks.speed.end_to_end --layers 1 --image-tokens 64 --steps 8 --pairs 1
 
 The pipeline is diffusers' own around a transformer of random weights and of the shape that the
-options give; by default SD3-medium's or Lumina-Next-T2I's, cut to 4 layers. Dense means not
-enabled. A round is one dense run and one with each setting: the paper's schedule with each ratio,
-and the plan that `ras` makes by itself for each speed-up. Speed-ups are ratios within a round, of
-which the median is given, and an interval that holds it with at least 95 % confidence (order
-statistics of the binomial; the whole range if there are fewer than 6 rounds). The ceiling is
-`steps / (dense + sparse * (k + T) / (N + T))` for N image tokens, T text tokens that walk with them
-and k image tokens in a sparse step; skipped steps cost nothing. Peak memory is the most that
-PyTorch's tensors took up on the GPU in a run, weights included.
+options give; by default a published model's, cut to 4 layers. FLUX's layers are its double blocks,
+19 in FLUX.1-dev, and there are twice as many single ones besides, as there; Wan makes one latent
+frame. Dense means not enabled. A round is one dense run and one with each setting: the paper's
+schedule with each ratio, and the plan that `ras` makes by itself for each speed-up. Speed-ups are
+ratios within a round, of which the median is given, and an interval that holds it with at least
+95 % confidence (order statistics of the binomial; the whole range if there are fewer than 6
+rounds). The ceiling is `steps / (dense + sparse * (k + T) / (N + T))` for N image tokens, T text
+tokens that walk with them (0 for Lumina and Wan, whose text does not) and k image tokens in a
+sparse step; skipped steps cost nothing. Peak memory is the most that PyTorch's tensors took up on
+the GPU in a run, weights included.
 
 `--compile` compiles each block of the transformer by itself, in runs that are not timed. A timed
 run that needs another compilation is an error.
@@ -76,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image-tokens", type=int, default=1024, help="a square number")
     add("--text-tokens", type=int)
     add("--batch", type=int, default=1, help="images of a run")
-    add("--guidance", action="store_true", help="doubles the transformer's batch")
+    add("--guidance", action="store_true", help="doubles the transformer's batch or its calls")
     add("--steps", type=int)
     add("--resets", type=int, nargs="*")
     add("--ratios", type=float, nargs="*", default=[0.5, 0.25, 0.125], help="the paper's schedule")

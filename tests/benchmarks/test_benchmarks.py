@@ -14,7 +14,7 @@ from benchmarks.kernels import measure
 from benchmarks.kernels.jobs import JOBS, LUMINA, SD3, prepare
 from benchmarks.model import scenes, train
 from benchmarks.quality import elsewhere, inpainting, judge, ours, plans
-from benchmarks.speed import end_to_end
+from benchmarks.speed import end_to_end, untrained
 from benchmarks.speed.families import FAMILIES
 from benchmarks.speed.timing import median_interval
 
@@ -50,6 +50,39 @@ def test_end_to_end_of_lumina_with_guidance_and_a_plan(tmp_path, capsys):
         assert row["speedup"] == pytest.approx(report["dense"]["seconds"] / row["seconds"])
     keys_and_values, noise = 2 * 2 * 16 * 8 * 4, 2 * 16 * 32 * 4  # one head of keys, two branches
     assert half["cache_bytes"] == keys_and_values + noise + 16 * 4  # and ages
+
+
+@pytest.mark.parametrize("more", [["--speedups=2"], ["--compile=eager"]], ids=["plan", "compiled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_end_to_end_of_each_family(family, more, capsys):
+    shape = ["--layers=1", "--heads=2", "--head-dim=32", "--image-tokens=16", "--text-tokens=3"]
+    run = ["--steps=6", "--resets=5", "--ratios=0.5", "--pairs=1", "--device=cpu"]
+    kind = [f"--family={family}", "--guidance", "--dtype=bfloat16", "--json"]
+    end_to_end.main([*shape, *run, *kind, *more])
+    half, *planned = json.loads(capsys.readouterr().out)["rows"]
+    text = 3 if FAMILIES[family].walking_text else 0
+    assert half["ceiling"] == pytest.approx(6 / (5 + (8 + text) / (16 + text)))
+    assert half["steps_sparse"] == 1 and half["cache_bytes"] > 0
+    assert [row["steps_skipped"] for row in planned] == [3] * len(planned)
+
+
+@pytest.mark.parametrize(
+    "name, layers, billions",
+    [
+        ("sd3", 24, 2.03),
+        ("lumina", 24, 1.75),
+        ("flux", 19, 11.90),
+        ("qwen", 60, 20.43),
+        ("wan", 30, 1.42),
+    ],
+)
+def test_all_layers_have_the_parameters_of_the_published_model(name, layers, billions):
+    options = end_to_end.parse([f"--family={name}", f"--layers={layers}"])
+    model = untrained.MODELS[name]
+    with torch.device("meta"):
+        transformer = model.transformer(options, model)
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    assert parameters / 1e9 == pytest.approx(billions, abs=0.006)
 
 
 @pytest.mark.parametrize("name, family", FAMILIES.items())
