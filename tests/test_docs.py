@@ -1,0 +1,43 @@
+"""The examples of the documentation do what it says."""
+
+import re
+from pathlib import Path
+
+import torch
+from support.zoo import ENTRIES
+
+import ras
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def examples(page):
+    """The blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+
+
+def test_adding_a_family(capsys):
+    """On a transformer that `ras` has no record of."""
+    pipe, draw = ENTRIES["flux"].build()
+
+    class Mine(type(pipe)):
+        drawing = False
+
+        def __call__(self, *args, **call):
+            if type(self).drawing:
+                return super().__call__(*args, **call)
+            type(self).drawing = True
+            try:
+                return draw(call["num_inference_steps"])
+            finally:
+                type(self).drawing = False
+
+    pipe.__class__ = Mine
+    pipe.transformer.__class__ = type("MyTransformer2DModel", (type(pipe.transformer),), {})
+    first, *blocks = examples("adding-a-family.md")
+    assert len(blocks) == 3 and "family=record" in first
+    names = {"pipe": pipe}
+    with torch.no_grad():
+        for block in blocks:
+            exec(block, names)
+    assert ras.stats(pipe).steps_sparse == 4 and "sparse" in capsys.readouterr().out
