@@ -104,6 +104,44 @@ def _aura_flow_layout(transformer: Any, inputs: Inputs) -> Layout:
     return Layout(found.grid, found.text + transformer.register_tokens.shape[1])
 
 
+def _hunyuan_image_layout(transformer: Any, inputs: Inputs) -> Layout:
+    """Both texts, with their padding; those of the refiner, latents with frames, are whole."""
+    if inputs["hidden_states"].ndim > 4:
+        return Layout()
+    image, other = patched("encoder_hidden_states")(transformer, inputs), "encoder_hidden_states_2"
+    glyphs = text_of(inputs, other if inputs.get(other) is not None else None)
+    return Layout(image.grid, image.text + glyphs)
+
+
+def _hunyuan_video15_layout(transformer: Any, inputs: Inputs) -> Layout:
+    """Both texts and the picture, with their padding."""
+    texts = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+    return Layout(patched()(transformer, inputs).grid, sum(text_of(inputs, name) for name in texts))
+
+
+def _cosmos_obstacle(transformer: Any, inputs: Inputs) -> str | None:
+    if inputs["timestep"].ndim > 1:
+        return "each frame has a time of its own"
+    # The pipelines of Cosmos 1 step twice, first with the noise of both guidance copies.
+    first = transformer.config.extra_pos_embed_type is not None
+    return "the scheduler is not given the guided noise alone" if first else None
+
+
+def _hidream_layout(transformer: Any, inputs: Inputs) -> Layout:
+    """Pictures that are not square are padded; each layer has a text of its own, of one length."""
+    grid = patched()(transformer, inputs).grid
+    padding = 0 if grid[0] == grid[1] else transformer.max_seq - math.prod(grid)
+    llama = inputs["encoder_hidden_states_llama3"].shape[2]
+    return Layout(grid, text_of(inputs, "encoder_hidden_states_t5") + 2 * llama, padding)
+
+
+def _easy_animate_layout(transformer: Any, inputs: Inputs) -> Layout:
+    other = "encoder_hidden_states_t5"
+    found = patched("encoder_hidden_states")(transformer, inputs)
+    more = text_of(inputs, other if inputs.get(other) is not None else None)
+    return Layout(found.grid, found.text + more)
+
+
 def _ltx_layout(transformer: Any, inputs: Inputs) -> Layout:
     grid = tuple(inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
     return Layout(grid) if math.prod(grid) == inputs["hidden_states"].shape[1] else Layout()
@@ -385,20 +423,147 @@ FAMILIES = (
         packed=1,  # which the scale of its autoencoder counts already
         text={"encoder_hidden_states": 1, "txt_ids": 0},
     ),
+    Family(
+        "HunyuanImageTransformer2DModel",
+        ("HunyuanImage",),
+        attention=BOTH_LISTS,
+        enter={"x_embedder": {None: IMAGE}, "rope": {0: TABLE, 1: TABLE}},
+        leave="proj_out",
+        image_first=True,
+        layout=_hunyuan_image_layout,
+        output=IMAGES_BY_CHANNEL,
+        usual_text=lambda pipe: pipe.tokenizer_max_length + pipe.tokenizer_2_max_length,
+    ),
+    Family(
+        "HunyuanVideo15Transformer3DModel",
+        ("HunyuanVideo15",),
+        attention={"transformer_blocks.*.attn": JOINT},
+        enter={"x_embedder": {None: IMAGE}, "rope": {0: TABLE, 1: TABLE}},
+        leave="proj_out",
+        image_first=True,
+        layout=_hunyuan_video15_layout,
+        output=VIDEOS_BY_CHANNEL,
+    ),
+    Family(
+        "CosmosTransformer3DModel",
+        ("Cosmos2TextToImage", "CosmosTextToWorld"),
+        blocks=("transformer_blocks",),
+        attention={"transformer_blocks.*.attn1": IMAGE},
+        enter={
+            "": {"block_controlnet_hidden_states": IMAGE},
+            "rope": {0: TABLE, 1: TABLE},
+            "transformer_blocks.0": {"hidden_states": IMAGE},
+        },
+        leave="proj_out",
+        layout=patched(),
+        output="b (f h w) (p q t c) -> b c (f t) (h p) (w q)",
+        obstacle=_cosmos_obstacle,
+        note="Cosmos 1, and frames with times of their own: whole steps",
+    ),
+    Family(
+        "CogView3PlusTransformer2DModel",
+        ("CogView3Plus",),
+        blocks=("transformer_blocks",),
+        attention={"transformer_blocks.*.attn1": JOINT},
+        enter={"patch_embed": {None: JOINT}},
+        leave="proj_out",
+        layout=patched("encoder_hidden_states"),
+        output=IMAGES_BY_CHANNEL,
+    ),
+    Family(
+        "GlmImageTransformer2DModel",
+        ("GlmImage",),
+        attention={"transformer_blocks.*.attn1": JOINT},
+        enter={
+            "image_projector": {None: IMAGE},
+            "prior_projector": {None: IMAGE},
+            "rope": {0: TABLE, 1: TABLE},
+        },
+        leave="proj_out",
+        layout=patched("encoder_hidden_states"),
+        output=IMAGES_BY_CHANNEL,
+        obstacle=lambda _, inputs: (
+            "the model keeps keys and values itself" if inputs["kv_caches"][0].mode else None
+        ),
+        note="edits: whole steps; calls before the loop are computed",
+    ),
+    Family(
+        "HiDreamImageTransformer2DModel",
+        ("HiDreamImage",),
+        blocks=("double_stream_blocks", "single_stream_blocks"),
+        attention={
+            "double_stream_blocks.*.block.attn1": JOINT,
+            "single_stream_blocks.*.block.attn1": JOINT,
+        },
+        enter={
+            "x_embedder": {None: IMAGE},
+            "pe_embedder": {None: JOINT},
+            "double_stream_blocks.*": {"hidden_states_masks": IMAGE},
+            "single_stream_blocks.*": {"hidden_states_masks": JOINT},
+        },
+        leave="final_layer.linear",
+        image_first=True,
+        layout=_hidream_layout,
+        output=IMAGES,
+    ),
+    Family(
+        "EasyAnimateTransformer3DModel",
+        ("EasyAnimate",),
+        blocks=("transformer_blocks",),
+        attention={"transformer_blocks.*.attn1": JOINT},
+        enter={
+            "rope_embedding": {0: TABLE, 1: TABLE},
+            "transformer_blocks.0": {"hidden_states": IMAGE},
+        },
+        leave="proj_out",
+        layout=_easy_animate_layout,
+        output=VIDEOS_BY_CHANNEL,
+    ),
+    Family(
+        "DiTTransformer2DModel",
+        ("DiT",),
+        blocks=("transformer_blocks",),
+        attention={"transformer_blocks.*.attn1": IMAGE},
+        enter={"pos_embed": {None: IMAGE}},
+        leave="proj_out_2",
+        layout=patched(),
+        output=IMAGES,
+    ),
+    Family(
+        "BriaFiboTransformer2DModel",
+        attention=BOTH_LISTS,
+        enter={"": {"hidden_states": IMAGE}, "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE}},
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+    ),
+    Family(
+        "Flux3Transformer2DModel",
+        attention={
+            "mode_blocks.image.*.attn": IMAGE,
+            "single_transformer_blocks.*.attn": JOINT,
+        },
+        enter={
+            "": {"hidden_states": IMAGE},
+            "mode_blocks.image.*": {"image_rotary_emb": TABLE},
+            "single_transformer_blocks.*": {"image_rotary_emb": JOINT_TABLE},
+        },
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+        packed=2,
+        text={"encoder_hidden_states": 1, "txt_ids": 0},
+        obstacle=lambda _, inputs: (
+            "pictures walk beside the noise"
+            if inputs.get("image_cond_hidden_states") is not None
+            else None
+        ),
+        note="edits: whole steps",
+    ),
     Family("AceStepTransformer1DModel", ("AceStep",)),
     Family("AllegroTransformer3DModel", ("Allegro",)),
     Family("AnyFlowTransformer3DModel", ("AnyFlow",)),
-    Family("CogView3PlusTransformer2DModel", ("CogView3Plus",)),
-    Family("CosmosTransformer3DModel", ("Cosmos2TextToImage", "CosmosTextToWorld")),
-    Family("DiTTransformer2DModel", ("DiT",)),
-    Family("EasyAnimateTransformer3DModel", ("EasyAnimate",)),
     Family("ErnieImageTransformer2DModel", ("ErnieImage",)),
-    Family("GlmImageTransformer2DModel", ("GlmImage",), note="calls before the loop are computed"),
     Family("HeliosTransformer3DModel", ("Helios",), note="a plan for each chunk"),
-    Family("HiDreamImageTransformer2DModel", ("HiDreamImage",)),
     Family("HunyuanDiT2DModel", ("HunyuanDiT",)),
-    Family("HunyuanImageTransformer2DModel", ("HunyuanImage",)),
-    Family("HunyuanVideo15Transformer3DModel", ("HunyuanVideo15",)),
     Family("Ideogram4Transformer2DModel", ("Ideogram4",), note="two transformers"),
     Family("Kandinsky5Transformer3DModel", ("Kandinsky5T2V",)),
     Family("LTX2VideoTransformer3DModel", ("LTX2",), note="video and audio"),

@@ -200,7 +200,7 @@ def matches(name: str, pattern: str) -> bool:
 def patch_of(transformer: Any) -> tuple[int, int, int]:
     size = transformer.config.patch_size
     if not isinstance(size, int):
-        return tuple(size)
+        return (1,) * (3 - len(size)) + tuple(size)
     return getattr(transformer.config, "patch_size_t", None) or 1, size, size
 
 
