@@ -531,6 +531,7 @@ FAMILIES = (
     ),
     Family(
         "BriaFiboTransformer2DModel",
+        ("BriaFibo",),
         attention=BOTH_LISTS,
         enter={"": {"hidden_states": IMAGE}, "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE}},
         leave="proj_out",
@@ -538,6 +539,7 @@ FAMILIES = (
     ),
     Family(
         "Flux3Transformer2DModel",
+        ("Flux3Modular",),
         attention={
             "mode_blocks.image.*.attn": IMAGE,
             "single_transformer_blocks.*.attn": JOINT,
@@ -549,8 +551,8 @@ FAMILIES = (
         },
         leave="proj_out",
         layout=by_ids("img_ids", "encoder_hidden_states"),
+        patch=lambda transformer: (1, 1, 1),
         packed=2,
-        text={"encoder_hidden_states": 1, "txt_ids": 0},
         obstacle=lambda _, inputs: (
             "pictures walk beside the noise"
             if inputs.get("image_cond_hidden_states") is not None

@@ -231,7 +231,7 @@ def by_ids(ids: str, text: str | None = None) -> Callable[[Any, Inputs], Layout]
         count, places = inputs["hidden_states"].shape[1], inputs[ids]
         places = (places if places.ndim == 2 else places[0])[-count:].cpu()
         noise = int((places[:, 0] == places[0, 0]).long().cumprod(0).sum())
-        height, width = (int(side) + 1 for side in (places[:noise, 1:3] - places[0, 1:3]).amax(0))
+        height, width = (len(side.unique()) for side in places[:noise, 1:3].T)  # in any unit
         if height * width != noise:
             return Layout()
         return Layout((height, width), text_of(inputs, text), count - noise)
