@@ -113,12 +113,6 @@ def _hunyuan_image_layout(transformer: Any, inputs: Inputs) -> Layout:
     return Layout(image.grid, image.text + glyphs)
 
 
-def _hunyuan_video15_layout(transformer: Any, inputs: Inputs) -> Layout:
-    """Both texts and the picture, with their padding."""
-    texts = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
-    return Layout(patched()(transformer, inputs).grid, sum(text_of(inputs, name) for name in texts))
-
-
 def _cosmos_obstacle(transformer: Any, inputs: Inputs) -> str | None:
     if inputs["timestep"].ndim > 1:
         return "each frame has a time of its own"
@@ -304,6 +298,18 @@ FAMILIES = (
         output=VIDEOS,
     ),
     Family(
+        "SkyReelsV2Transformer3DModel",
+        ("SkyReelsV2",),
+        attention={"blocks.*.attn1": IMAGE},
+        enter={"rope": {0: IMAGE, 1: IMAGE}, "patch_embedding": {None: GRID}},
+        leave="proj_out",
+        layout=patched(),
+        output=VIDEOS,
+        obstacle=lambda _, inputs: (
+            "each frame has a time of its own" if inputs.get("enable_diffusion_forcing") else None
+        ),
+    ),
+    Family(
         "HunyuanVideoTransformer3DModel",
         ("HunyuanVideo",),
         attention=BOTH_LISTS,
@@ -408,6 +414,7 @@ FAMILIES = (
         packed=2,
         text={"encoder_hidden_states": 1, "txt_ids": 0},
         usual_text=lambda pipe: pipe.tokenizer_max_length,
+        references=True,
     ),
     Family(
         "BriaTransformer2DModel",
@@ -433,16 +440,6 @@ FAMILIES = (
         layout=_hunyuan_image_layout,
         output=IMAGES_BY_CHANNEL,
         usual_text=lambda pipe: pipe.tokenizer_max_length + pipe.tokenizer_2_max_length,
-    ),
-    Family(
-        "HunyuanVideo15Transformer3DModel",
-        ("HunyuanVideo15",),
-        attention={"transformer_blocks.*.attn": JOINT},
-        enter={"x_embedder": {None: IMAGE}, "rope": {0: TABLE, 1: TABLE}},
-        leave="proj_out",
-        image_first=True,
-        layout=_hunyuan_video15_layout,
-        output=VIDEOS_BY_CHANNEL,
     ),
     Family(
         "CosmosTransformer3DModel",
@@ -561,29 +558,37 @@ FAMILIES = (
         note="edits: whole steps",
     ),
     Family("AceStepTransformer1DModel", ("AceStep",)),
-    Family("AllegroTransformer3DModel", ("Allegro",)),
-    Family("AnyFlowTransformer3DModel", ("AnyFlow",)),
-    Family("ErnieImageTransformer2DModel", ("ErnieImage",)),
+    Family(
+        "AllegroTransformer3DModel", ("Allegro",), note="rotary positions inside a tuple of tables"
+    ),
+    Family("AnyFlowTransformer3DModel", ("AnyFlow",), note="tokens are third in its rotary table"),
+    Family("ErnieImageTransformer2DModel", ("ErnieImage",), note="tokens come before samples"),
     Family("HeliosTransformer3DModel", ("Helios",), note="a plan for each chunk"),
-    Family("HunyuanDiT2DModel", ("HunyuanDiT",)),
-    Family("Ideogram4Transformer2DModel", ("Ideogram4",), note="two transformers"),
-    Family("Kandinsky5Transformer3DModel", ("Kandinsky5T2V",)),
-    Family("LTX2VideoTransformer3DModel", ("LTX2",), note="video and audio"),
-    Family("LatteTransformer3DModel", ("Latte",)),
+    Family("HunyuanDiT2DModel", ("HunyuanDiT",), note="cross-attention rotates too"),
+    Family("HunyuanVideo15Transformer3DModel", ("HunyuanVideo15",), note="a square mask per layer"),
+    Family(
+        "Ideogram4Transformer2DModel", ("Ideogram4",), note="two transformers; puts out text too"
+    ),
+    Family("Kandinsky5Transformer3DModel", ("Kandinsky5T2V",), note="blocks give a grid back"),
+    Family("LTX2VideoTransformer3DModel", ("LTX2",), note="video and sound attend to each other"),
+    Family("LatteTransformer3DModel", ("Latte",), note="attends along space and time by turns"),
     Family("LongCatAudioDiTTransformer", ("LongCatAudioDiT",)),
-    Family("MochiTransformer3DModel", ("Mochi",)),
-    Family("MotifVideoTransformer3DModel", ("MotifVideo",)),
-    Family("NucleusMoEImageTransformer2DModel", ("NucleusMoEImage",)),
-    Family("OmniGenTransformer2DModel", ("OmniGen",)),
-    Family("PRXTransformer2DModel", ("PRX",)),
+    Family("MochiTransformer3DModel", ("Mochi",), note="attends sample by sample"),
+    Family(
+        "MotifVideoTransformer3DModel", ("MotifVideo",), note="its decoder has each token twice"
+    ),
+    Family("NucleusMoEImageTransformer2DModel", ("NucleusMoEImage",), note="experts choose tokens"),
+    Family("OmniGenTransformer2DModel", ("OmniGen",), note="counts positions of tokens that walk"),
+    Family("PRXTransformer2DModel", ("PRX",), note="text has no queries"),
     Family(
         "QwenImage21Transformer2DModel",
         ("QwenImage21",),
         note="the step that fills the model's own cache is computed",
     ),
-    Family("SanaTransformer2DModel", ("Sana", "SanaSprint")),
-    Family("SanaVideoTransformer3DModel", ("SanaVideo",)),
-    Family("SkyReelsV2Transformer3DModel", ("SkyReelsV2",)),
+    Family(
+        "SanaTransformer2DModel", ("Sana", "SanaSprint"), note="linear attention mixes all tokens"
+    ),
+    Family("SanaVideoTransformer3DModel", ("SanaVideo",), note="linear attention mixes all tokens"),
     Family(
         "SkyReelsV2Transformer3DModel",
         ("SkyReelsV2DiffusionForcing",),
