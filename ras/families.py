@@ -121,8 +121,16 @@ def _cosmos_obstacle(transformer: Any, inputs: Inputs) -> str | None:
     return "the scheduler is not given the guided noise alone" if first else None
 
 
+def _glm_obstacle(transformer: Any, inputs: Inputs) -> str | None:
+    caches = inputs.get("kv_caches")
+    edits = caches is not None and caches[0].mode is not None
+    return "the model keeps keys and values itself" if edits else None
+
+
 def _hidream_layout(transformer: Any, inputs: Inputs) -> Layout:
     """Pictures that are not square are padded; each layer has a text of its own, of one length."""
+    if inputs["hidden_states"].ndim != 4:  # cut into patches and padded by somebody else
+        return Layout()
     grid = patched()(transformer, inputs).grid
     padding = 0 if grid[0] == grid[1] else transformer.max_seq - math.prod(grid)
     llama = inputs["encoder_hidden_states_llama3"].shape[2]
@@ -479,9 +487,7 @@ FAMILIES = (
         leave="proj_out",
         layout=patched("encoder_hidden_states"),
         output=IMAGES_BY_CHANNEL,
-        obstacle=lambda _, inputs: (
-            "the model keeps keys and values itself" if inputs["kv_caches"][0].mode else None
-        ),
+        obstacle=_glm_obstacle,
         note="edits: whole steps; calls before the loop are computed",
     ),
     Family(
@@ -502,6 +508,7 @@ FAMILIES = (
         image_first=True,
         layout=_hidream_layout,
         output=IMAGES,
+        usual_text=lambda pipe: 3 * 128,  # T5's, and Llama's twice
     ),
     Family(
         "EasyAnimateTransformer3DModel",
@@ -515,6 +522,7 @@ FAMILIES = (
         leave="proj_out",
         layout=_easy_animate_layout,
         output=VIDEOS_BY_CHANNEL,
+        usual_text=lambda pipe: 256,
     ),
     Family(
         "DiTTransformer2DModel",
