@@ -104,6 +104,46 @@ def _aura_flow_layout(transformer: Any, inputs: Inputs) -> Layout:
     return Layout(found.grid, found.text + transformer.register_tokens.shape[1])
 
 
+def _hunyuan_image_layout(transformer: Any, inputs: Inputs) -> Layout:
+    """Both texts, with their padding; those of the refiner, latents with frames, are whole."""
+    if inputs["hidden_states"].ndim > 4:
+        return Layout()
+    image, other = patched("encoder_hidden_states")(transformer, inputs), "encoder_hidden_states_2"
+    glyphs = text_of(inputs, other if inputs.get(other) is not None else None)
+    return Layout(image.grid, image.text + glyphs)
+
+
+def _cosmos_obstacle(transformer: Any, inputs: Inputs) -> str | None:
+    if inputs["timestep"].ndim > 1:
+        return "each frame has a time of its own"
+    # The pipelines of Cosmos 1 step twice, first with the noise of both guidance copies.
+    first = transformer.config.extra_pos_embed_type is not None
+    return "the scheduler is not given the guided noise alone" if first else None
+
+
+def _glm_obstacle(transformer: Any, inputs: Inputs) -> str | None:
+    caches = inputs.get("kv_caches")
+    edits = caches is not None and caches[0].mode is not None
+    return "the model keeps keys and values itself" if edits else None
+
+
+def _hidream_layout(transformer: Any, inputs: Inputs) -> Layout:
+    """Pictures that are not square are padded; each layer has a text of its own, of one length."""
+    if inputs["hidden_states"].ndim != 4:  # cut into patches and padded by somebody else
+        return Layout()
+    grid = patched()(transformer, inputs).grid
+    padding = 0 if grid[0] == grid[1] else transformer.max_seq - math.prod(grid)
+    llama = inputs["encoder_hidden_states_llama3"].shape[2]
+    return Layout(grid, text_of(inputs, "encoder_hidden_states_t5") + 2 * llama, padding)
+
+
+def _easy_animate_layout(transformer: Any, inputs: Inputs) -> Layout:
+    other = "encoder_hidden_states_t5"
+    found = patched("encoder_hidden_states")(transformer, inputs)
+    more = text_of(inputs, other if inputs.get(other) is not None else None)
+    return Layout(found.grid, found.text + more)
+
+
 def _ltx_layout(transformer: Any, inputs: Inputs) -> Layout:
     grid = tuple(inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
     return Layout(grid) if math.prod(grid) == inputs["hidden_states"].shape[1] else Layout()
@@ -266,6 +306,18 @@ FAMILIES = (
         output=VIDEOS,
     ),
     Family(
+        "SkyReelsV2Transformer3DModel",
+        ("SkyReelsV2",),
+        attention={"blocks.*.attn1": IMAGE},
+        enter={"rope": {0: IMAGE, 1: IMAGE}, "patch_embedding": {None: GRID}},
+        leave="proj_out",
+        layout=patched(),
+        output=VIDEOS,
+        obstacle=lambda _, inputs: (
+            "each frame has a time of its own" if inputs.get("enable_diffusion_forcing") else None
+        ),
+    ),
+    Family(
         "HunyuanVideoTransformer3DModel",
         ("HunyuanVideo",),
         attention=BOTH_LISTS,
@@ -350,41 +402,193 @@ FAMILIES = (
         output=IMAGES,
         obstacle=_lumina2_obstacle,
     ),
+    Family(
+        "OvisImageTransformer2DModel",
+        ("OvisImage",),
+        attention=BOTH_LISTS,
+        enter={"": {"hidden_states": IMAGE}, "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE}},
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+        packed=2,
+        text={"encoder_hidden_states": 1, "txt_ids": 0},
+    ),
+    Family(
+        "LongCatImageTransformer2DModel",
+        ("LongCatImage",),
+        attention=BOTH_LISTS,
+        enter={"": {"hidden_states": IMAGE}, "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE}},
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+        packed=2,
+        text={"encoder_hidden_states": 1, "txt_ids": 0},
+        usual_text=lambda pipe: pipe.tokenizer_max_length,
+        references=True,
+    ),
+    Family(
+        "BriaTransformer2DModel",
+        ("Bria",),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        attention=BOTH_LISTS,
+        enter={
+            "": {"hidden_states": IMAGE, **FLUX_RESIDUALS},
+            "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE},
+        },
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+        packed=1,  # which the scale of its autoencoder counts already
+        text={"encoder_hidden_states": 1, "txt_ids": 0},
+    ),
+    Family(
+        "HunyuanImageTransformer2DModel",
+        ("HunyuanImage",),
+        attention=BOTH_LISTS,
+        enter={"x_embedder": {None: IMAGE}, "rope": {0: TABLE, 1: TABLE}},
+        leave="proj_out",
+        image_first=True,
+        layout=_hunyuan_image_layout,
+        output=IMAGES_BY_CHANNEL,
+        usual_text=lambda pipe: pipe.tokenizer_max_length + pipe.tokenizer_2_max_length,
+    ),
+    Family(
+        "CosmosTransformer3DModel",
+        ("Cosmos2TextToImage", "CosmosTextToWorld"),
+        blocks=("transformer_blocks",),
+        attention={"transformer_blocks.*.attn1": IMAGE},
+        enter={
+            "": {"block_controlnet_hidden_states": IMAGE},
+            "rope": {0: TABLE, 1: TABLE},
+            "transformer_blocks.0": {"hidden_states": IMAGE},
+        },
+        leave="proj_out",
+        layout=patched(),
+        output="b (f h w) (p q t c) -> b c (f t) (h p) (w q)",
+        obstacle=_cosmos_obstacle,
+        note="Cosmos 1, and frames with times of their own: whole steps",
+    ),
+    Family(
+        "CogView3PlusTransformer2DModel",
+        ("CogView3Plus",),
+        blocks=("transformer_blocks",),
+        attention={"transformer_blocks.*.attn1": JOINT},
+        enter={"patch_embed": {None: JOINT}},
+        leave="proj_out",
+        layout=patched("encoder_hidden_states"),
+        output=IMAGES_BY_CHANNEL,
+    ),
+    Family(
+        "GlmImageTransformer2DModel",
+        ("GlmImage",),
+        attention={"transformer_blocks.*.attn1": JOINT},
+        enter={
+            "image_projector": {None: IMAGE},
+            "prior_projector": {None: IMAGE},
+            "rope": {0: TABLE, 1: TABLE},
+        },
+        leave="proj_out",
+        layout=patched("encoder_hidden_states"),
+        output=IMAGES_BY_CHANNEL,
+        obstacle=_glm_obstacle,
+        note="edits: whole steps; calls before the loop are computed",
+    ),
+    Family(
+        "HiDreamImageTransformer2DModel",
+        ("HiDreamImage",),
+        blocks=("double_stream_blocks", "single_stream_blocks"),
+        attention={
+            "double_stream_blocks.*.block.attn1": JOINT,
+            "single_stream_blocks.*.block.attn1": JOINT,
+        },
+        enter={
+            "x_embedder": {None: IMAGE},
+            "pe_embedder": {None: JOINT},
+            "double_stream_blocks.*": {"hidden_states_masks": IMAGE},
+            "single_stream_blocks.*": {"hidden_states_masks": JOINT},
+        },
+        leave="final_layer.linear",
+        image_first=True,
+        layout=_hidream_layout,
+        output=IMAGES,
+        usual_text=lambda pipe: 3 * 128,  # T5's, and Llama's twice
+    ),
+    Family(
+        "EasyAnimateTransformer3DModel",
+        ("EasyAnimate",),
+        blocks=("transformer_blocks",),
+        attention={"transformer_blocks.*.attn1": JOINT},
+        enter={
+            "rope_embedding": {0: TABLE, 1: TABLE},
+            "transformer_blocks.0": {"hidden_states": IMAGE},
+        },
+        leave="proj_out",
+        layout=_easy_animate_layout,
+        output=VIDEOS_BY_CHANNEL,
+        usual_text=lambda pipe: 256,
+    ),
+    Family(
+        "DiTTransformer2DModel",
+        ("DiT",),
+        blocks=("transformer_blocks",),
+        attention={"transformer_blocks.*.attn1": IMAGE},
+        enter={"pos_embed": {None: IMAGE}},
+        leave="proj_out_2",
+        layout=patched(),
+        output=IMAGES,
+    ),
+    Family(
+        "BriaFiboTransformer2DModel",
+        ("BriaFibo",),
+        attention=BOTH_LISTS,
+        enter={"": {"hidden_states": IMAGE}, "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE}},
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+    ),
+    Family(
+        "Flux3Transformer2DModel",
+        ("Flux3Modular",),
+        attention={
+            "mode_blocks.image.*.attn": IMAGE,
+            "single_transformer_blocks.*.attn": JOINT,
+        },
+        enter={
+            "": {"hidden_states": IMAGE},
+            "mode_blocks.image.*": {"image_rotary_emb": TABLE},
+            "single_transformer_blocks.*": {"image_rotary_emb": JOINT_TABLE},
+        },
+        leave="proj_out",
+        layout=by_ids("img_ids", "encoder_hidden_states"),
+        patch=lambda transformer: (1, 1, 1),
+        packed=2,
+        obstacle=lambda _, inputs: (
+            "pictures walk beside the noise"
+            if inputs.get("image_cond_hidden_states") is not None
+            else None
+        ),
+        note="edits: whole steps",
+    ),
     Family("AceStepTransformer1DModel", ("AceStep",)),
-    Family("AllegroTransformer3DModel", ("Allegro",)),
-    Family("AnyFlowTransformer3DModel", ("AnyFlow",)),
-    Family("BriaTransformer2DModel", ("Bria",)),
-    Family("CogView3PlusTransformer2DModel", ("CogView3Plus",)),
-    Family("CosmosTransformer3DModel", ("Cosmos2TextToImage", "CosmosTextToWorld")),
-    Family("DiTTransformer2DModel", ("DiT",)),
-    Family("EasyAnimateTransformer3DModel", ("EasyAnimate",)),
-    Family("ErnieImageTransformer2DModel", ("ErnieImage",)),
-    Family("GlmImageTransformer2DModel", ("GlmImage",), note="calls before the loop are computed"),
+    Family("AllegroTransformer3DModel", ("Allegro",), note="positions inside a tuple of tables"),
+    Family("AnyFlowTransformer3DModel", ("AnyFlow",), note="tokens are third in its rotary table"),
+    Family("ErnieImageTransformer2DModel", ("ErnieImage",), note="tokens come before samples"),
     Family("HeliosTransformer3DModel", ("Helios",), note="a plan for each chunk"),
-    Family("HiDreamImageTransformer2DModel", ("HiDreamImage",)),
-    Family("HunyuanDiT2DModel", ("HunyuanDiT",)),
-    Family("HunyuanImageTransformer2DModel", ("HunyuanImage",)),
-    Family("HunyuanVideo15Transformer3DModel", ("HunyuanVideo15",)),
-    Family("Ideogram4Transformer2DModel", ("Ideogram4",), note="two transformers"),
-    Family("Kandinsky5Transformer3DModel", ("Kandinsky5T2V",)),
-    Family("LTX2VideoTransformer3DModel", ("LTX2",), note="video and audio"),
-    Family("LatteTransformer3DModel", ("Latte",)),
+    Family("HunyuanDiT2DModel", ("HunyuanDiT",), note="cross-attention rotates too"),
+    Family("HunyuanVideo15Transformer3DModel", ("HunyuanVideo15",), note="a square mask per layer"),
+    Family("Ideogram4Transformer2DModel", ("Ideogram4",), note="two transformers, text put out"),
+    Family("Kandinsky5Transformer3DModel", ("Kandinsky5T2V",), note="blocks give a grid back"),
+    Family("LTX2VideoTransformer3DModel", ("LTX2",), note="video and sound attend to each other"),
+    Family("LatteTransformer3DModel", ("Latte",), note="attends along space and time by turns"),
     Family("LongCatAudioDiTTransformer", ("LongCatAudioDiT",)),
-    Family("LongCatImageTransformer2DModel", ("LongCatImage",)),
-    Family("MochiTransformer3DModel", ("Mochi",)),
-    Family("MotifVideoTransformer3DModel", ("MotifVideo",)),
-    Family("NucleusMoEImageTransformer2DModel", ("NucleusMoEImage",)),
-    Family("OmniGenTransformer2DModel", ("OmniGen",)),
-    Family("OvisImageTransformer2DModel", ("OvisImage",)),
-    Family("PRXTransformer2DModel", ("PRX",)),
+    Family("MochiTransformer3DModel", ("Mochi",), note="attends sample by sample"),
+    Family("MotifVideoTransformer3DModel", ("MotifVideo",), note="its decoder has tokens twice"),
+    Family("NucleusMoEImageTransformer2DModel", ("NucleusMoEImage",), note="experts choose tokens"),
+    Family("OmniGenTransformer2DModel", ("OmniGen",), note="counts positions of tokens that walk"),
+    Family("PRXTransformer2DModel", ("PRX",), note="text has no queries"),
     Family(
         "QwenImage21Transformer2DModel",
         ("QwenImage21",),
         note="the step that fills the model's own cache is computed",
     ),
-    Family("SanaTransformer2DModel", ("Sana", "SanaSprint")),
-    Family("SanaVideoTransformer3DModel", ("SanaVideo",)),
-    Family("SkyReelsV2Transformer3DModel", ("SkyReelsV2",)),
+    Family("SanaTransformer2DModel", ("Sana", "SanaSprint"), note="linear attention mixes tokens"),
+    Family("SanaVideoTransformer3DModel", ("SanaVideo",), note="linear attention mixes tokens"),
     Family(
         "SkyReelsV2Transformer3DModel",
         ("SkyReelsV2DiffusionForcing",),

@@ -202,7 +202,7 @@ def matches(name: str, pattern: str) -> bool:
 def patch_of(transformer: Any) -> tuple[int, int, int]:
     size = transformer.config.patch_size
     if not isinstance(size, int):
-        return tuple(size)
+        return (1,) * (3 - len(size)) + tuple(size)
     return getattr(transformer.config, "patch_size_t", None) or 1, size, size
 
 
@@ -234,9 +234,7 @@ def by_ids(ids: str, text: str | None = None) -> Callable[[Any, Inputs], Layout]
         rows = (places if places.ndim == 2 else places[0])[-count:, :3].tolist()
         others = (at for at, row in enumerate(rows) if row[0] != rows[0][0])
         noise = next(others, count)
-        height, width = (
-            int(max(row[axis] for row in rows[:noise]) - rows[0][axis]) + 1 for axis in (1, 2)
-        )
+        height, width = (len({row[axis] for row in rows[:noise]}) for axis in (1, 2))  # in any unit
         if height * width != noise:
             return Layout()
         return Layout((height, width), text_of(inputs, text), count - noise)

@@ -6,16 +6,18 @@ from unittest import mock
 import diffusers
 import torch
 
-from support.pipelines import autoencoder, normal, quiet
+from support.pipelines import autoencoder, euler, normal, quiet
 from support.zoo.parts import (
     BLOCKS,
     CHANNELS,
     ROPE,
     SIDE,
     Entry,
+    Part,
     Shrink,
     calling,
     guided,
+    mask,
     model,
     picture,
     pil,
@@ -63,6 +65,27 @@ def flux_modular():
     pipe.update_components(transformer=whole.transformer, scheduler=whole.scheduler)
     prompt = dict(prompt_embeds=text(), pooled_prompt_embeds=normal(1, 32, seed=3))
     return calling(pipe, lambda latents: latents, **prompt, **square(), output="latents")
+
+
+def flux3():
+    """In blocks, as there is no other pipeline of it; the blocks around are left out."""
+    config = {**BLOCKS, "num_layers": 1, "num_single_layers": 2}
+    transformer = model(
+        "Flux3Transformer2DModel",
+        **config,
+        in_channels=16,
+        cond_in_channels=16,
+        joint_attention_dim=32,
+        timestep_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    blocks = diffusers.Flux3AutoBlocks()
+    for name in ("prompt_upsampler", "text_encoder", "vae_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    pipe = quiet(blocks.init_pipeline())
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0)
+    pipe.update_components(transformer=transformer, scheduler=euler(), guider=guider)
+    return calling(pipe, lambda latents: latents, **guided(), **square(), output="latents")
 
 
 def flux_with_vae(name, **inputs):
@@ -204,6 +227,19 @@ def bria():
     return calling(pipe, **guided(), **square(), guidance_scale=3.0)
 
 
+def bria_fibo():
+    """Each layer has a text of its own."""
+    transformer = model("BriaFiboTransformer2DModel", **FLUX, text_encoder_dim=32)
+    pipe = pipeline("BriaFiboPipeline", transformer=transformer, text_encoder=Part())
+
+    def encode(prompt, num_images_per_prompt, max_sequence_length, **_):
+        layers = text(seed=len(prompt[0])).repeat(num_images_per_prompt, 1, 1)
+        return layers, [layers] * 4, mask().repeat(num_images_per_prompt, 1)
+
+    pipe.get_prompt_embeds = encode
+    return calling(pipe, prompt="cat", negative_prompt="", **square(), guidance_scale=3.0)
+
+
 def ideogram4():
     config = dict(
         **BLOCKS,
@@ -262,6 +298,7 @@ PACKED = {
     "flux2": Entry(flux2),
     "flux2-klein": Entry(partial(flux2, "Flux2KleinPipeline", False, True), calls=2),
     "flux2-klein-kv": Entry(partial(flux2, "Flux2KleinKVPipeline", False, image=[pil()])),
+    "flux3": Entry(flux3, calls=2),
     "chroma": Entry(chroma, calls=2),
     "qwen": Entry(qwen, calls=2),
     "qwen-edit": Entry(qwen_edit, calls=2),
@@ -271,6 +308,7 @@ PACKED = {
     "ovis": Entry(ovis, calls=2),
     "longcat": Entry(longcat, calls=2),
     "bria": Entry(bria),
+    "bria-fibo": Entry(bria_fibo),
     "ideogram4": Entry(ideogram4, calls=2, transformers=("transformer", UNCONDITIONAL)),
     "nucleus": Entry(nucleus, calls=2),
 }
