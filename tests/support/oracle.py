@@ -88,6 +88,7 @@ FAMILIES = {
     "QwenImageTransformer2DModel": Tokens(text_first=True),
     "SD3Transformer2DModel": Tokens(),
     "WanTransformer3DModel": Tokens(),
+    "WanVACETransformer3DModel": Tokens(),
     "ZImageTransformer2DModel": Tokens(multiple=32),
 }
 
