@@ -67,7 +67,8 @@ class Tokens:
 def packed_noise(sample, inputs):
     """Count the tokens of the picture under way; those of references follow."""
     if "img_shapes" in inputs:
-        return math.prod(inputs["img_shapes"][0][0])
+        shape = inputs["img_shapes"][0]  # of a sample's pictures, or of its only one
+        return math.prod(shape if isinstance(shape[0], int) else shape[0])
     ids = inputs.get("img_ids", torch.zeros(len(sample), 1))
     return (ids.reshape(-1, *ids.shape[-2:])[0, :, 0] == 0).sum().item()
 

@@ -112,11 +112,15 @@ class Stages:
     @property
     def level(self):
         """The noise level under way, as flow matching tells it."""
-        sigmas = getattr(self.scheduler, "sigmas", None)
-        if sigmas is not None:
-            return sigmas[self.done + (self.scheduler.begin_index or 0)]
-        signal = self.scheduler.alphas_cumprod[self.scheduler.timesteps[self.done]]
-        return 1 / (1 + (signal / (1 - signal)).sqrt())
+        scheduler, sigmas = self.scheduler, getattr(self.scheduler, "sigmas", None)
+        if sigmas is None:
+            signal = scheduler.alphas_cumprod[scheduler.timesteps[self.done]]
+            ratio = ((1 - signal) / signal).sqrt()
+        else:
+            ratio = sigmas[self.done + (scheduler.begin_index or 0)]
+            if scheduler.config.get("use_flow_sigmas", "FlowMatch" in type(scheduler).__name__):
+                return ratio
+        return ratio / (1 + ratio)
 
     def branch(self, model, batch):
         """Note a call; return what tells it from the others of its step."""
