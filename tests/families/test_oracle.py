@@ -67,7 +67,7 @@ FAMILIES = pytest.mark.parametrize("family", [sd3, dual, lumina, flux])
 def oracle_of(family, **settings):
     model = family(0)[0]
     plain = lambda seed: model(**family(seed)[1], return_dict=False)[0]  # noqa: E731
-    oracle = Oracle(model, text_first=family is flux, **settings)
+    oracle = Oracle(model, **settings)
     return plain, lambda rows, sigma, seed: oracle(rows, sigma, **family(seed)[1])
 
 
@@ -160,7 +160,7 @@ class Forgetful(Oracle):
     layer = None
 
     def keep(self, name, new, fresh, gains):
-        forgets = len(name) == 2 and self.layer in (None, name[0])
+        forgets = name[0] != "noise" and self.layer in (None, name[0])
         return new if forgets else super().keep(name, new, fresh, gains)
 
 

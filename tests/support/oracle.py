@@ -3,11 +3,14 @@
 The model of diffusers runs as it is, over all tokens. In its attention the keys and values of those
 that are not active are replaced by what was kept of them, so that the rows of the active ones are
 what a partial step has to give. The results of all other rows are thrown away: their noise is what
-was kept of it. No mathematics here is that of `ras`.
+was kept of it. No mathematics here is that of `ras`, and what is known of a model is `FAMILIES`.
 """
 
+import inspect
 import math
-from unittest import mock
+from contextlib import nullcontext
+from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +36,84 @@ def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of an image are: its noise, in the order of rows, and what comes after.
+
+    Attributes:
+        text_first: Whether text comes before the image where both are in one sequence.
+        alone: Whether keys and values are kept, too, where the image attends to itself alone.
+        channel: The dimension of channels in latents and noise that have one per pixel.
+        multiple: What the number of tokens is padded to a multiple of.
+    """
+
+    text_first: bool = False
+    alone: bool = True
+    channel: int = 1
+    multiple: int = 1
+
+    def grid(self, sample, inputs, patch):
+        """Return the sizes that the noise of a sample has in tokens, frames before rows."""
+        if sample.ndim == 2:
+            return (packed_noise(sample, inputs),)
+        *frames, height, width = (n for d, n in enumerate(sample.shape, 1) if d != self.channel)
+        return (*frames, height // patch, width // patch)
+
+    def after(self, sample, noise):
+        """Return how many tokens of the image follow those that are noise, and never walk."""
+        return len(sample) - noise if sample.ndim == 2 else -noise % self.multiple
+
+
+def packed_noise(sample, inputs):
+    """Count the tokens of the picture under way; those of references follow."""
+    if "img_shapes" in inputs:
+        shape = inputs["img_shapes"][0]  # of a sample's pictures, or of its only one
+        return math.prod(shape if isinstance(shape[0], int) else shape[0])
+    ids = inputs.get("img_ids", torch.zeros(len(sample), 1))
+    return (ids.reshape(-1, *ids.shape[-2:])[0, :, 0] == 0).sum().item()
+
+
+FAMILIES = {
+    "AuraFlowTransformer2DModel": Tokens(text_first=True),
+    "ChromaTransformer2DModel": Tokens(text_first=True),
+    "CogVideoXTransformer3DModel": Tokens(text_first=True, channel=2),
+    "CogView4Transformer2DModel": Tokens(text_first=True),
+    "Flux2Transformer2DModel": Tokens(text_first=True),
+    "FluxTransformer2DModel": Tokens(text_first=True),
+    "HunyuanVideoTransformer3DModel": Tokens(),
+    "Krea2Transformer2DModel": Tokens(text_first=True),
+    "LTXVideoTransformer3DModel": Tokens(),
+    "Lumina2Transformer2DModel": Tokens(text_first=True, alone=False),  # its refiner is computed
+    "LuminaNextDiT2DModel": Tokens(),
+    "PixArtTransformer2DModel": Tokens(),
+    "QwenImageTransformer2DModel": Tokens(text_first=True),
+    "SD3Transformer2DModel": Tokens(),
+    "WanTransformer3DModel": Tokens(),
+    "WanVACETransformer3DModel": Tokens(),
+    "ZImageTransformer2DModel": Tokens(multiple=32),
+}
+
+
 class Oracle:
     """A transformer that keeps noise, keys and values of its tokens from call to call.
 
-    `model` must be untouched while it is called; the settings are those of `RASConfig`.
-    `text_first` tells where text is in joint attention.
+    `model` must be untouched while it is called; the settings are those of `RASConfig`. `tokens` is
+    what `FAMILIES` has of the model.
+
+    A layer's keys and values are kept if it attends from as many tokens as it attends to and the
+    image is among them, which is told by their number: let there be fewer of text than of image.
     """
 
-    def __init__(
-        self, model, extrapolation=0.0, kv_correction=True, reuse_text=False, text_first=False
-    ):
-        self.forward, self.patch = model.forward, model.config.patch_size
+    def __init__(self, model, extrapolation=0.0, kv_correction=True, reuse_text=False, tokens=None):
+        self.forward = model.forward
+        self.tokens = tokens or FAMILIES[type(model).__name__]
+        size = model.config.get("patch_size", 2)
+        self.patch = size if isinstance(size, int) else size[-1]
         self.extrapolation, self.kv_correction = extrapolation, kv_correction
-        self.reuse_text, self.text_first = reuse_text, text_first
+        self.reuse_text = reuse_text
         self.kept, self.times = {}, {}
 
-    def __call__(self, rows, sigma, *args, **inputs):
+    def __call__(self, rows, sigma, *args, branch=0, **inputs):
         """Return the noise of a call.
 
         Args:
@@ -57,35 +122,63 @@ class Oracle:
             sigma: The noise level.
             args, inputs: What the transformer is called with. A call that skips layers keeps noise
                 of its own, computes all tokens and leaves keys and values alone.
+            branch: Which of a step's calls it is; each keeps what is its own.
         """
-        latents = args[0] if args else inputs["hidden_states"]
-        batch, tokens = len(latents), latents.shape[1]
-        if latents.ndim == 4:
-            tokens = latents[0, 0].numel() // self.patch**2
-        active = torch.full((batch, tokens), rows is None)
+        skipped = tuple(inputs.get("skip_layers") or ())
+        branch = branch, skipped
+        batch, grid, after = self.place(args, inputs)
+        active = torch.full((batch, math.prod(grid)), rows is None)
         if rows is not None:
             active.scatter_(1, rows.long().repeat(batch // len(rows), 1), True)
-        text_active = rows is None or not self.reuse_text
-        branch = tuple(inputs.get("skip_layers") or ())
         gains = self.note(branch, position(sigma), active)
+        walking = rows is None, rows is None or not self.reuse_text  # what follows, and the text
+        attend = self.attention(branch, active, gains, after, walking)
+        # diffusers' dispatch_attention_fn ends there, too
+        with nullcontext() if skipped else patch.object(F, "scaled_dot_product_attention", attend):
+            noise = self.forward(*args, **{**inputs, "return_dict": False})[0]
+        new = noise if torch.is_tensor(noise) else torch.stack(noise)
+        fresh, gains = (self.spread(numbers, grid, new) for numbers in (active, gains))
+        new = self.keep(("noise", *branch), new, fresh, gains)
+        return new if torch.is_tensor(noise) else list(new)
+
+    def place(self, args, inputs):
+        """Return the batch of a call, its grid, and how many tokens of the image follow."""
+        inputs = inspect.signature(self.forward).bind(*args, **inputs).arguments
+        latents = next(iter(inputs.values()))
+        grid = self.tokens.grid(latents[0], inputs, self.patch)
+        return len(latents), grid, self.tokens.after(latents[0], math.prod(grid))
+
+    def attention(self, branch, active, gains, after, walking):
+        """Return what stands in for PyTorch's attention in a call.
+
+        Args:
+            branch: See above.
+            active, gains: Of the tokens that are noise.
+            after: How many of the image follow these.
+            walking: Whether those walk, and whether text does.
+        """
+        attention, image = F.scaled_dot_product_attention, active.shape[1] + after
         layers = iter(range(10**6))
 
         def attend(query, key, value, *args, **kwargs):
-            text = key.shape[2] - tokens
-            if not branch and text >= 0 and query.shape[2] == key.shape[2]:
-                layer, around = next(layers), (text, 0) if self.text_first else (0, text)
-                fresh = F.pad(active, around, value=text_active)[:, None, :, None]
-                g = F.pad(gains * self.kv_correction, around)[:, None, :, None]
-                key = self.keep((layer, "key"), key, fresh, g)
-                value = self.keep((layer, "value"), value, fresh, g)
+            text = key.shape[2] - image
+            counts = query.shape[2] == key.shape[2] and text >= (0 if self.tokens.alone else 1)
+            if counts:
+                layer = next(layers)
+                fresh = self.along(active, after, text, walking)
+                g = self.along(gains * self.kv_correction, after, text)
+                key = self.keep((layer, "key", *branch), key, fresh, g)
+                value = self.keep((layer, "value", *branch), value, fresh, g)
             return attention(query, key, value, *args, **kwargs)
 
-        attention = (
-            F.scaled_dot_product_attention
-        )  # diffusers' dispatch_attention_fn ends there too
-        with mock.patch.object(F, "scaled_dot_product_attention", attend):
-            noise = self.forward(*args, **{**inputs, "return_dict": False})[0]
-        return self.keep(branch, noise, self.spread(active, noise), self.spread(gains, noise))
+        return attend
+
+    def along(self, numbers, after, text, others=(0, 0)):
+        """Lay out numbers as keys are: of noise, `others` of what follows it and of the text."""
+        counts = after, text
+        parts = [numbers, *(numbers.new_full((len(numbers), n), x) for n, x in zip(counts, others))]
+        parts = [parts[2], *parts[:2]] if self.tokens.text_first else parts
+        return torch.cat(parts, 1)[:, None, :, None]
 
     def note(self, branch, now, active):
         """Note when tokens are active; return the share of its last change that goes on of each."""
@@ -109,10 +202,16 @@ class Oracle:
         self.kept[name] = last, change
         return last + gains.to(last) * change
 
-    def spread(self, numbers, noise):
-        """Lay out one number per token as the noise is: rows of tokens, or patches of an image."""
+    def spread(self, numbers, grid, noise):
+        """Lay out one number per token as the noise is: rows of tokens, or patches of pixels.
+
+        Rows that follow in the noise are of references, and of no account: they are like the first.
+        """
         if noise.ndim == 3:
-            return numbers[..., None]
-        height, width = (side // self.patch for side in noise.shape[2:])
-        image = numbers.reshape(-1, 1, height, width)
-        return image.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
+            behind = numbers[:, :1].expand(-1, noise.shape[1] - numbers.shape[1])
+            return torch.cat([numbers, behind], 1)[..., None]
+        pixels = numbers.reshape(-1, *grid).unsqueeze(self.tokens.channel)
+        for d in range(1, noise.ndim):
+            if d != self.tokens.channel:
+                pixels = pixels.repeat_interleave(noise.shape[d] // pixels.shape[d], d)
+        return pixels

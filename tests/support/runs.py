@@ -4,8 +4,10 @@ A run is recorded, and every call of the transformer handed to `oracle.py`, with
 chose for the sparse steps: the noise must be the same in each call.
 """
 
+import functools
 import itertools
 import warnings
+from collections import Counter
 
 import torch
 from diffusers import (
@@ -88,23 +90,72 @@ def check_run(monkeypatch, pipe, inputs, config=CONFIG, **call):
     return record
 
 
-def by_oracle(pipe, rows, factors=None, **settings):
-    """A plain pipeline with the oracle in the place of its transformer; it is returned, too.
+class Stages:
+    """How many steps a scheduler has made since, and which calls of a model came after the last."""
 
-    `rows` are those of each step, and `factors` its extrapolation, if that is not always the same.
+    def __init__(self, scheduler):
+        self.scheduler, self.done, self.calls = scheduler, 0, Counter()
+        step = scheduler.step
+
+        @functools.wraps(step)  # pipelines look at its signature
+        def counted(*args, **kwargs):
+            self.done += 1
+            self.calls.clear()
+            return step(*args, **kwargs)
+
+        scheduler.step = counted
+
+    @property
+    def step(self):
+        return self.done // self.scheduler.order
+
+    @property
+    def level(self):
+        """The noise level under way, as flow matching tells it."""
+        scheduler, sigmas = self.scheduler, getattr(self.scheduler, "sigmas", None)
+        if sigmas is None:
+            signal = scheduler.alphas_cumprod[scheduler.timesteps[self.done]]
+            ratio = ((1 - signal) / signal).sqrt()
+        else:
+            ratio = sigmas[self.done + (scheduler.begin_index or 0)]
+            if scheduler.config.get("use_flow_sigmas", "FlowMatch" in type(scheduler).__name__):
+                return ratio
+        return ratio / (1 + ratio)
+
+    def branch(self, model, batch):
+        """Note a call; return what tells it from the others of its step."""
+        self.calls[model, batch] += 1
+        return batch, self.calls[model, batch]
+
+
+def by_oracle(pipe, rows, factors=None, names=("transformer",), kind=Oracle, **settings):
+    """A plain pipeline with the oracle in the place of its transformers; it is returned, too.
+
+    `rows` are those of each step; the first call of each branch computes all tokens in any case.
+    `factors` are the extrapolation of each step, if that is not always the same.
     """
-    oracle, scheduler = Oracle(pipe.transformer, **settings), pipe.scheduler
-    stages = iter(range(len(rows) * scheduler.order))
+    stages = Stages(pipe.scheduler)
+    for name in names:
+        model = getattr(pipe, name)
+        model.forward = _answering(kind(model, **settings), stages, rows, factors)
+    return pipe
+
+
+def _answering(oracle, stages, rows, factors):
+    """A forward that gives the noise of an oracle."""
+    begun = set()
 
     def forward(*args, **kwargs):
-        stage = next(stages)
         if factors is not None:
-            oracle.extrapolation = factors[stage // scheduler.order]
-        noise = oracle(rows[stage // scheduler.order], scheduler.sigmas[stage], *args, **kwargs)
+            oracle.extrapolation = factors[stages.step]
+        latents = args[0] if args else kwargs["hidden_states"]
+        branch = stages.branch(oracle, len(latents))
+        active = rows[stages.step] if branch in begun else None
+        begun.add(branch)
+        noise = oracle(active, stages.level, *args, branch=branch, **kwargs)
         return Transformer2DModelOutput(noise) if kwargs.get("return_dict", True) else (noise,)
 
-    pipe.transformer.forward = forward
-    return pipe
+    return functools.update_wrapper(forward, oracle.forward)  # pipelines look at its signature
 
 
 def of_plan(shares):
