@@ -173,7 +173,7 @@ FLUX_RESIDUALS: dict[str | int | None, Rows] = {
 FAMILIES = (
     Family(
         "SD3Transformer2DModel",
-        ("StableDiffusion3",),
+        ("StableDiffusion3", "StableDiffusion3ControlNet", "StableDiffusion3Inpaint"),
         blocks=("transformer_blocks",),
         attention={"transformer_blocks.*.attn": JOINT, "transformer_blocks.*.attn2": IMAGE},
         enter={"": {"block_controlnet_hidden_states": IMAGE}, "pos_embed": {None: IMAGE}},
@@ -200,7 +200,18 @@ FAMILIES = (
     ),
     Family(
         "FluxTransformer2DModel",
-        ("Flux", "FluxControl", "FluxFill", "FluxImg2Img", "FluxKontext", "FluxModular"),
+        (
+            "Flux",
+            "FluxControl",
+            "FluxControlInpaint",
+            "FluxControlNet",
+            "FluxFill",
+            "FluxImg2Img",
+            "FluxInpaint",
+            "FluxKontext",
+            "FluxKontextInpaint",
+            "FluxModular",
+        ),
         attention=BOTH_LISTS,
         enter={
             "": {"hidden_states": IMAGE, **FLUX_RESIDUALS},
@@ -232,7 +243,7 @@ FAMILIES = (
     ),
     Family(
         "ChromaTransformer2DModel",
-        ("Chroma",),
+        ("Chroma", "ChromaInpaint"),
         attention=BOTH_LISTS,
         enter={
             "": {"hidden_states": IMAGE, **FLUX_RESIDUALS},
@@ -244,7 +255,14 @@ FAMILIES = (
     ),
     Family(
         "QwenImageTransformer2DModel",
-        ("QwenImage", "QwenImageEdit", "QwenImageEditPlus"),
+        (
+            "QwenImage",
+            "QwenImageControlNet",
+            "QwenImageEdit",
+            "QwenImageEditInpaint",
+            "QwenImageEditPlus",
+            "QwenImageInpaint",
+        ),
         attention={"transformer_blocks.*.attn": JOINT},
         enter={
             "": {"hidden_states": IMAGE, "controlnet_block_samples": IMAGE},
@@ -259,7 +277,7 @@ FAMILIES = (
     ),
     Family(
         "ZImageTransformer2DModel",
-        ("ZImage",),
+        ("ZImage", "ZImageControlNet", "ZImageImg2Img", "ZImageInpaint"),
         blocks=("noise_refiner", "layers"),
         attention={"noise_refiner.*.attention": IMAGE, "layers.*.attention": JOINT},
         enter={
@@ -294,7 +312,7 @@ FAMILIES = (
     ),
     Family(
         "WanVACETransformer3DModel",
-        (),
+        ("WanVACE",),
         attention={"blocks.*.attn1": IMAGE, "vace_blocks.*.attn1": IMAGE},
         enter={
             "rope": {0: IMAGE, 1: IMAGE},

@@ -4,6 +4,7 @@
 seeded, so that each call of a pipeline gives the same latents; text encoders are left out.
 """
 
+from support.zoo.flux import FLUXES
 from support.zoo.images import IMAGES
 from support.zoo.packed import PACKED
 from support.zoo.parts import Entry
@@ -11,6 +12,6 @@ from support.zoo.refused import REFUSED
 from support.zoo.sounds import SOUNDS
 from support.zoo.videos import VIDEOS
 
-ENTRIES = PACKED | IMAGES | VIDEOS | SOUNDS
+ENTRIES = FLUXES | PACKED | IMAGES | VIDEOS | SOUNDS
 
 __all__ = ["ENTRIES", "REFUSED", "Entry"]

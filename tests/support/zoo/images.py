@@ -2,6 +2,7 @@
 
 import importlib
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
@@ -22,6 +23,9 @@ from support.zoo.parts import (
     guided,
     mask,
     model,
+    oblong,
+    painted,
+    picture,
     pil,
     pipeline,
     square,
@@ -56,22 +60,50 @@ def hidream():
     return calling(pipe, **prompt, **square(), guidance_scale=3.0)
 
 
-def z_image(**inputs):
+Z_IMAGE = dict(dim=32, n_refiner_layers=1, n_heads=2, n_kv_heads=2)
+
+
+def z_image(name="ZImagePipeline", parts=None, **inputs):
     transformer = model(
         "ZImageTransformer2DModel",
+        **Z_IMAGE,
         in_channels=4,
-        dim=32,
         n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
         cap_feat_dim=32,
         axes_dims=list(ROPE),
         axes_lens=[128, 64, 64],
     )
-    pipe = pipeline("ZImagePipeline", transformer=transformer)
+    pipe = pipeline(name, transformer=transformer, **(parts or {}))
     prompt = {k: [v[0]] for k, v in guided(11).items()}
-    return calling(pipe, **prompt, **square(), guidance_scale=3.0, **inputs)
+    return calling(pipe, **{**prompt, **square(), "guidance_scale": 3.0, **inputs})
+
+
+def z_image_padded():
+    """Two prompts of unlike lengths, and 80 tokens of an image, to which 16 are added."""
+    prompts = {k: [v[0], text(37, seed=5)[0]] for k, v in guided(11).items()}
+    return z_image(**prompts, height=128, width=160)
+
+
+def z_image_with_vae(name, *, parts=None, **inputs):
+    return z_image(name, dict(vae=autoencoder(channels=4), **(parts or {})), **inputs)
+
+
+def z_image_controlnet():
+    controlnet = model(
+        "ZImageControlNetModel",
+        **Z_IMAGE,
+        control_layers_places=[0],
+        control_refiner_layers_places=[0],
+        control_in_dim=4,
+        add_control_noise_refiner="control_noise_refiner",
+    )
+    inputs = dict(control_image=picture(**oblong()), **oblong())
+    return z_image_with_vae("ZImageControlNetPipeline", parts=dict(controlnet=controlnet), **inputs)
+
+
+def z_image_img2img():
+    inputs = dict(image=picture(**oblong()), strength=1.0, **oblong())
+    return z_image_with_vae("ZImageImg2ImgPipeline", **inputs)
 
 
 def cogview4():
@@ -88,7 +120,7 @@ def cogview4():
         sample_size=16,
     )
     pipe = pipeline("CogView4Pipeline", transformer=transformer)
-    return calling(pipe, **guided(16), **square(), guidance_scale=3.0)
+    return calling(pipe, **guided(16), **oblong(), guidance_scale=3.0)
 
 
 def cogview3():
@@ -122,7 +154,8 @@ def pixart(name="PixArtSigmaPipeline", scheduler=None, **inputs):
     )
     pipe = pipeline(name, transformer=transformer, scheduler=scheduler or ddim())
     prompt = guided(masks="attention_mask") | dict(negative_prompt=None)
-    return calling(pipe, **prompt, **square(), use_resolution_binning=False, **inputs)
+    inputs = {**prompt, **square(), **inputs}
+    return calling(pipe, **inputs, use_resolution_binning=False)
 
 
 SANA = dict(
@@ -165,10 +198,10 @@ def aura_flow():
         joint_attention_dim=32,
         caption_projection_dim=32,
         out_channels=4,
-        pos_embed_max_size=64,
+        pos_embed_max_size=256,
     )
     pipe = pipeline("AuraFlowPipeline", transformer=transformer)
-    return calling(pipe, **guided(masks="attention_mask"), **square(), guidance_scale=3.0)
+    return calling(pipe, **guided(masks="attention_mask"), **oblong(), guidance_scale=3.0)
 
 
 def lumina2(**inputs):
@@ -188,8 +221,11 @@ def lumina2(**inputs):
         cap_feat_dim=32,
     )
     pipe = pipeline("Lumina2Pipeline", transformer=transformer)
-    prompt = guided(masks="attention_mask")
-    return calling(pipe, **prompt, **square(), guidance_scale=3.0, **inputs)
+    return calling(pipe, **{**lumina2_prompt(8), **square(), "guidance_scale": 3.0, **inputs})
+
+
+def lumina2_prompt(*lengths):
+    return guided(masks="attention_mask", lengths=lengths)
 
 
 def lumina():
@@ -197,9 +233,32 @@ def lumina():
     return calling(pipe, **tested.lumina_inputs(pipe), guidance_scale=3.0)
 
 
+def two_small(inputs, small, **more):
+    """Return what a small model is called with for two samples."""
+    config = SimpleNamespace(**{"in_channels": 16, **small})
+    return inputs(SimpleNamespace(transformer=SimpleNamespace(config=config)), batch=2, **more)
+
+
+two_lumina = two_small(tested.lumina_inputs, dict(cross_attention_dim=32, in_channels=4))
+two_sd3_inputs = partial(two_small, tested.sd3_inputs, tested.SMALL)
+two_sd3 = partial(Entry, two=two_sd3_inputs())
+
+
 def sd3(scheduler=None, **inputs):
     pipe = tested.sd3(scheduler=scheduler)
     return calling(pipe, **tested.sd3_inputs(pipe), guidance_scale=3.0, **inputs)
+
+
+def sd3_inpaint():
+    pipe = tested.sd3(diffusers.StableDiffusion3InpaintPipeline, vae=autoencoder())
+    inputs = tested.sd3_inputs(pipe, latents=False) | painted()
+    return calling(pipe, **inputs, guidance_scale=3.0)
+
+
+def sd3_controlnet():
+    pipe = tested.sd3_controlnet()
+    inputs = tested.sd3_inputs(pipe, width=24)
+    return calling(pipe, **inputs, control_image=picture(**oblong()), guidance_scale=3.0)
 
 
 def hunyuan_dit(prediction="v_prediction"):
@@ -219,9 +278,12 @@ def hunyuan_dit(prediction="v_prediction"):
     )
     scheduler = diffusers.DDPMScheduler(prediction_type=prediction, clip_sample=False)
     pipe = pipeline("HunyuanDiTPipeline", transformer=transformer, scheduler=scheduler)
-    prompt = guided(masks="attention_mask")
-    prompt |= guided(name="embeds_2", masks="attention_mask_2", seed=3)
-    return calling(pipe, **prompt, **square(), use_resolution_binning=False)
+    return calling(pipe, **hunyuan_dit_prompt(8), **square(), use_resolution_binning=False)
+
+
+def hunyuan_dit_prompt(*lengths):
+    prompt = guided(masks="attention_mask", lengths=lengths)
+    return prompt | guided(name="embeds_2", masks="attention_mask_2", seed=3, lengths=lengths)
 
 
 def omnigen():
@@ -275,7 +337,7 @@ def cosmos2():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     parts = dict(transformer=transformer, safety_checker=Safe(), scheduler=scheduler)
     pipe = pipeline("Cosmos2TextToImagePipeline", **parts)
-    return calling(pipe, **guided(), **square(), guidance_scale=3.0)
+    return calling(pipe, **guided(), **oblong(), guidance_scale=3.0)
 
 
 def glm_image(image=None):
@@ -314,7 +376,7 @@ def ernie():
     )
     pipe = pipeline("ErnieImagePipeline", transformer=transformer)
     prompt = {k: [v[0]] for k, v in guided(11).items()}
-    return calling(pipe, **prompt, **square(), guidance_scale=3.0)
+    return calling(pipe, **prompt, **oblong(), guidance_scale=3.0)
 
 
 def dit():
@@ -367,45 +429,61 @@ def hunyuan_image():
     )
     prompt = guided(masks="embeds_mask")
     prompt |= guided(name="embeds_2", masks="embeds_mask_2", seed=3)
-    return calling(pipe, **prompt, **square(256))
+    return calling(pipe, **prompt, **oblong(256))
 
+
+two_lumina2 = partial(Entry, two=lumina2_prompt(8, 6), note="given prompts are repeated wrongly")
+
+two_hunyuan_dit = partial(Entry, two=hunyuan_dit_prompt(8, 8))
 
 IMAGES = {
     "hidream": Entry(hidream),
     "z-image": Entry(z_image),
     "z-image-truncated": Entry(partial(z_image, cfg_truncation=0.5)),
+    "z-image-padded": Entry(z_image_padded, two={}),
+    "z-image-controlnet": Entry(z_image_controlnet),
+    "z-image-inpaint": Entry(lambda: z_image_with_vae("ZImageInpaintPipeline", **painted())),
+    "z-image-img2img": Entry(z_image_img2img),
     "cogview4": Entry(cogview4, calls=2),
-    "cogview3": Entry(cogview3),
+    "cogview3": Entry(cogview3, two=guided(16, lengths=(16, 16))),
     "pixart-alpha": Entry(partial(pixart, "PixArtAlphaPipeline")),
     "pixart-sigma": Entry(pixart),
     "pixart-dpm": Entry(lambda: pixart(scheduler=diffusers.DPMSolverMultistepScheduler())),
+    "pixart-oblong": Entry(partial(pixart, **oblong())),
     "pixart-ddpm": Entry(lambda: pixart(scheduler=diffusers.DDPMScheduler(clip_sample=False))),
     "sana": Entry(sana),
     "sana-dpm": Entry(lambda: sana(flow("DPMSolverMultistepScheduler"))),
     "sana-sprint": Entry(sana_sprint),
     "aura-flow": Entry(aura_flow),
-    "lumina2": Entry(lumina2, calls=2),
-    "lumina2-truncated": Entry(partial(lumina2, cfg_trunc_ratio=0.5), total=lambda n: n + n // 2),
-    "lumina": Entry(lumina),
-    "sd3": Entry(sd3),
-    "sd3-heun": Entry(
+    "lumina2": two_lumina2(lumina2, calls=2),
+    "lumina2-truncated": two_lumina2(
+        partial(lumina2, cfg_trunc_ratio=0.5), total=lambda n: n + n // 2
+    ),
+    "lumina2-padded": two_lumina2(
+        lambda: lumina2(**lumina2_prompt(8, 5), **oblong()), calls=2, two={}
+    ),
+    "lumina": Entry(lumina, two=two_lumina),
+    "sd3": two_sd3(sd3),
+    "sd3-inpaint": Entry(sd3_inpaint, two=two_sd3_inputs(width=24, latents=False)),
+    "sd3-controlnet": Entry(sd3_controlnet, two=two_sd3_inputs(width=24)),
+    "sd3-heun": two_sd3(
         lambda: sd3(diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
         total=lambda n: 2 * n - 1,
         steps=lambda n: 2 * n - 1,
     ),
-    "sd3-skipping-layers": Entry(
+    "sd3-skipping-layers": two_sd3(
         partial(sd3, skip_guidance_layers=[1], skip_layer_guidance_stop=0.5),
         total=lambda n: n + (n - 1) // 2,
         note="a second call in the steps after the first, up to the middle",
     ),
-    "hunyuan-dit": Entry(hunyuan_dit),
-    "hunyuan-dit-epsilon": Entry(partial(hunyuan_dit, "epsilon")),
-    "omnigen": Entry(omnigen),
+    "hunyuan-dit": two_hunyuan_dit(hunyuan_dit),
+    "hunyuan-dit-epsilon": two_hunyuan_dit(partial(hunyuan_dit, "epsilon")),
+    "omnigen": Entry(omnigen, two=None, note="what its processor says is given, for one alone"),
     "cosmos2": Entry(cosmos2, calls=2),
     "glm": Entry(glm_image, calls=2),
     "glm-edit": Entry(lambda: glm_image(pil()), calls=2, before=1),
     "ernie": Entry(ernie),
-    "dit": Entry(dit),
-    "prx": Entry(prx),
+    "dit": Entry(dit, two=dict(class_labels=[3, 4])),
+    "prx": Entry(prx, two=None, note="its pipeline guides one sample alone"),
     "hunyuan-image": Entry(hunyuan_image, calls=2),
 }

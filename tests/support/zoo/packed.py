@@ -3,15 +3,14 @@
 from functools import partial
 from unittest import mock
 
-import diffusers
 import torch
 
-from support.pipelines import autoencoder, euler, normal, quiet
+from support.pipelines import autoencoder
+from support.zoo.flux import FLUX
 from support.zoo.parts import (
     BLOCKS,
     CHANNELS,
     ROPE,
-    SIDE,
     Entry,
     Part,
     Shrink,
@@ -19,136 +18,14 @@ from support.zoo.parts import (
     guided,
     mask,
     model,
+    oblong,
+    painted,
     picture,
     pil,
     pipeline,
     square,
     text,
 )
-
-FLUX = dict(
-    **BLOCKS,
-    patch_size=1,
-    in_channels=16,
-    num_single_layers=2,
-    joint_attention_dim=32,
-    axes_dims_rope=ROPE,
-)
-
-
-def flux(name="FluxPipeline", negative=False, channels=16, vae=None, **inputs):
-    transformer = model(
-        "FluxTransformer2DModel",
-        **{**FLUX, "in_channels": channels},
-        out_channels=16,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-    )
-    prompt = dict(prompt_embeds=text(), pooled_prompt_embeds=normal(1, 32, seed=3))
-    if negative:
-        prompt |= dict(
-            negative_prompt_embeds=text(seed=2),
-            negative_pooled_prompt_embeds=normal(1, 32, seed=4),
-            true_cfg_scale=3.0,
-        )
-    pipe = pipeline(name, transformer=transformer, vae=vae)
-    return calling(pipe, **{**prompt, **square(), **inputs})
-
-
-def flux_modular():
-    """The same from blocks, of which those that encode and decode are left out."""
-    blocks = diffusers.FluxAutoBlocks()
-    for name in ("text_encoder", "vae_encoder", "decode"):
-        blocks.sub_blocks.pop(name)
-    pipe = quiet(blocks.init_pipeline())
-    whole, _ = flux()
-    pipe.update_components(transformer=whole.transformer, scheduler=whole.scheduler)
-    prompt = dict(prompt_embeds=text(), pooled_prompt_embeds=normal(1, 32, seed=3))
-    return calling(pipe, lambda latents: latents, **prompt, **square(), output="latents")
-
-
-def flux3():
-    """In blocks, as there is no other pipeline of it; the blocks around are left out."""
-    config = {**BLOCKS, "num_layers": 1, "num_single_layers": 2}
-    transformer = model(
-        "Flux3Transformer2DModel",
-        **config,
-        in_channels=16,
-        cond_in_channels=16,
-        joint_attention_dim=32,
-        timestep_channels=32,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
-    blocks = diffusers.Flux3AutoBlocks()
-    for name in ("prompt_upsampler", "text_encoder", "vae_encoder", "decode"):
-        blocks.sub_blocks.pop(name)
-    pipe = quiet(blocks.init_pipeline())
-    guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0)
-    pipe.update_components(transformer=transformer, scheduler=euler(), guider=guider)
-    return calling(pipe, lambda latents: latents, **guided(), **square(), output="latents")
-
-
-def flux_with_vae(name, **inputs):
-    return flux(name, vae=autoencoder(channels=4), **inputs)
-
-
-def kontext():
-    inputs = dict(image=picture(64, 96), _auto_resize=False, max_area=SIDE**2)
-    return flux_with_vae("FluxKontextPipeline", **inputs)
-
-
-def flux_fill():
-    """Tokens of the latents, of the masked picture and of the mask, side by side."""
-    image = picture(SIDE, SIDE)
-    inputs = dict(image=image, mask_image=image[:, :1].round())
-    return flux_with_vae("FluxFillPipeline", channels=16 + 16 + 256, **inputs)
-
-
-def flux_control():
-    return flux_with_vae("FluxControlPipeline", channels=32, control_image=picture(SIDE, SIDE))
-
-
-def flux_img2img():
-    image = picture(SIDE, SIDE)
-    return flux_with_vae("FluxImg2ImgPipeline", image=image, strength=0.5)
-
-
-def flux2_vae():
-    return model(
-        "AutoencoderKLFlux2",
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4,) * 4,
-        latent_channels=4,
-        norm_num_groups=1,
-        layers_per_block=1,
-    )
-
-
-def flux2(name="Flux2Pipeline", guidance=True, negative=False, **inputs):
-    transformer = model(
-        "Flux2Transformer2DModel",
-        **{**FLUX, "axes_dims_rope": (4, 4, 4, 4)},
-        timestep_guidance_channels=32,
-        guidance_embeds=guidance,
-    )
-    prompt = guided() if negative else dict(prompt_embeds=text())
-    pipe = pipeline(name, transformer=transformer, vae=flux2_vae())
-    return calling(pipe, **prompt, **square(), **inputs)
-
-
-def chroma():
-    transformer = model(
-        "ChromaTransformer2DModel",
-        **FLUX,
-        approximator_num_channels=8,
-        approximator_hidden_dim=16,
-        approximator_layers=1,
-    )
-    prompt = guided(masks="attention_mask", dtype=torch.float32)
-    pipe = pipeline("ChromaPipeline", transformer=transformer)
-    return calling(pipe, **prompt, **square(), guidance_scale=3.0)
-
 
 QWEN = dict(
     **BLOCKS,
@@ -160,16 +37,46 @@ QWEN = dict(
 )
 
 
-def qwen(name="QwenImagePipeline", vae=None, **inputs):
-    transformer = model("QwenImageTransformer2DModel", **QWEN)
-    pipe = pipeline(name, transformer=transformer, vae=vae)
+def qwen(name="QwenImagePipeline", parts=None, zero=False, **inputs):
+    """A Qwen-Image; with `zero` it takes the tokens of pictures for clean ones."""
+    transformer = model("QwenImageTransformer2DModel", **QWEN, zero_cond_t=zero)
+    pipe = pipeline(name, transformer=transformer, **(parts or {}))
     inputs = {**guided(masks="embeds_mask"), **square(), **inputs}
     return calling(pipe, **inputs, true_cfg_scale=3.0)
 
 
-def qwen_edit(name="QwenImageEditPipeline"):
+def qwen_padded():
+    """Two prompts and two negative ones, a short and a long one each."""
+    return qwen(**guided(masks="embeds_mask", lengths=(8, 5)), **oblong())
+
+
+def qwen_edit(name="QwenImageEditPipeline", **inputs):
     """Pictures are brought to a mega-pixel, so the autoencoder makes 8 x 8 tokens of that."""
-    return qwen(name, vae=Shrink(4, 64), image=pil(), **square(1024))
+    return qwen(name, dict(vae=Shrink(4, 64)), **{"image": pil(), **square(1024), **inputs})
+
+
+def qwen_edit_2511():
+    """Two pictures, before which the tokens that change are not as high as wide."""
+    size = dict(height=768, width=1280)
+    return qwen_edit("QwenImageEditPlusPipeline", zero=True, image=[pil(), pil(64, 96)], **size)
+
+
+def qwen_edit_inpaint():
+    """The size of what changes is that of the picture: 6 x 10 tokens."""
+    pixels = pil(96, 160)
+    inputs = dict(image=pixels, mask_image=pixels.convert("L"), strength=1.0)
+    return qwen_edit("QwenImageEditInpaintPipeline", **inputs, height=768, width=1280)
+
+
+def qwen_inpaint():
+    return qwen("QwenImageInpaintPipeline", dict(vae=Shrink(4, 8)), **painted())
+
+
+def qwen_controlnet():
+    controlnet = model("QwenImageControlNetModel", seed=1, **{**QWEN, "num_layers": 1})
+    parts = dict(vae=Shrink(4, 8), controlnet=controlnet)
+    inputs = dict(control_image=picture(**oblong()), **oblong())
+    return qwen("QwenImageControlNetPipeline", parts, **inputs)
 
 
 def qwen21():
@@ -182,10 +89,11 @@ def qwen21():
     )
     parts = dict(transformer=transformer, vae=Shrink(4, 16), processor=mock.MagicMock())
     pipe = pipeline("QwenImage21Pipeline", **parts)
-    return calling(pipe, **guided(masks="embeds_mask"), **square(), true_cfg_scale=3.0)
+    return calling(pipe, **guided(masks="embeds_mask"), **oblong(), true_cfg_scale=3.0)
 
 
-def krea2():
+def krea2(**size):
+    """A Krea 2, two heads of whose queries share keys and values."""
     transformer = model(
         "Krea2Transformer2DModel",
         **BLOCKS,
@@ -203,14 +111,18 @@ def krea2():
         axes_dims_rope=ROPE,
     )
     pipe = pipeline("Krea2Pipeline", transformer=transformer)
-    prompt = guided(masks="embeds_mask", shape=(2,), dtype=torch.bool)
-    return calling(pipe, **prompt, **square(), guidance_scale=3.0)
+    inputs = {**krea2_prompt(8), **square(), **size}
+    return calling(pipe, **inputs, guidance_scale=3.0)
+
+
+def krea2_prompt(*lengths):
+    return guided(masks="embeds_mask", shape=(2,), dtype=torch.bool, lengths=lengths)
 
 
 def ovis():
     config = {**FLUX, "out_channels": 16}
     pipe = pipeline("OvisImagePipeline", transformer=model("OvisImageTransformer2DModel", **config))
-    return calling(pipe, **guided(), **square(), guidance_scale=3.0, negative_prompt=None)
+    return calling(pipe, **guided(), **oblong(), guidance_scale=3.0, negative_prompt=None)
 
 
 def longcat():
@@ -218,13 +130,13 @@ def longcat():
     pipe = pipeline("LongCatImagePipeline", transformer=transformer)
     pipe._encode_prompt = lambda prompts: text(seed=len(prompts[0]))
     prompts = dict(prompt="cat", negative_prompt="", enable_prompt_rewrite=False)
-    return calling(pipe, **prompts, **square())
+    return calling(pipe, **prompts, **oblong())
 
 
 def bria():
     transformer = model("BriaTransformer2DModel", **FLUX)
     pipe = pipeline("BriaPipeline", transformer=transformer, vae=autoencoder(channels=4))
-    return calling(pipe, **guided(), **square(), guidance_scale=3.0)
+    return calling(pipe, **guided(), **oblong(), guidance_scale=3.0)
 
 
 def bria_fibo():
@@ -263,7 +175,7 @@ def ideogram4():
 
     pipe.encode_prompt = encode
     guidance = dict(guidance_scale=3.0, guidance_schedule=None)
-    return calling(pipe, prompt="", **square(), max_sequence_length=8, **guidance)
+    return calling(pipe, prompt="", **oblong(), max_sequence_length=8, **guidance)
 
 
 def nucleus():
@@ -282,32 +194,26 @@ def nucleus():
         dense_moe_strategy="leave_first_block_dense",
     )
     pipe = pipeline("NucleusMoEImagePipeline", transformer=transformer)
-    return calling(pipe, **guided(masks="embeds_mask"), **square(), guidance_scale=3.0)
+    return calling(pipe, **guided(masks="embeds_mask"), **oblong(), guidance_scale=3.0)
 
 
 UNCONDITIONAL = "unconditional_transformer"
 
 PACKED = {
-    "flux": Entry(flux),
-    "flux-true-cfg": Entry(partial(flux, negative=True), calls=2),
-    "flux-modular": Entry(flux_modular),
-    "flux-kontext": Entry(kontext),
-    "flux-fill": Entry(flux_fill),
-    "flux-control": Entry(flux_control),
-    "flux-img2img": Entry(flux_img2img, total=lambda n: n // 2, steps=lambda n: n // 2),
-    "flux2": Entry(flux2),
-    "flux2-klein": Entry(partial(flux2, "Flux2KleinPipeline", False, True), calls=2),
-    "flux2-klein-kv": Entry(partial(flux2, "Flux2KleinKVPipeline", False, image=[pil()])),
-    "flux3": Entry(flux3, calls=2),
-    "chroma": Entry(chroma, calls=2),
     "qwen": Entry(qwen, calls=2),
     "qwen-edit": Entry(qwen_edit, calls=2),
+    "qwen-padded": Entry(qwen_padded, calls=2, two={}),
+    "qwen-inpaint": Entry(qwen_inpaint, calls=2),
+    "qwen-controlnet": Entry(qwen_controlnet, calls=2),
+    "qwen-edit-inpaint": Entry(qwen_edit_inpaint, calls=2),
     "qwen-edit-plus": Entry(partial(qwen_edit, "QwenImageEditPlusPipeline"), calls=2),
+    "qwen-edit-2511": Entry(qwen_edit_2511, calls=2),
     "qwen21": Entry(qwen21, calls=2),
     "krea2": Entry(krea2, calls=2),
+    "krea2-padded": Entry(lambda: krea2(**krea2_prompt(8, 5), **oblong()), calls=2, two={}),
     "ovis": Entry(ovis, calls=2),
     "longcat": Entry(longcat, calls=2),
-    "bria": Entry(bria),
+    "bria": Entry(bria, two=guided(lengths=(8, 8)), note="given prompts are repeated wrongly"),
     "bria-fibo": Entry(bria_fibo),
     "ideogram4": Entry(ideogram4, calls=2, transformers=("transformer", UNCONDITIONAL)),
     "nucleus": Entry(nucleus, calls=2),

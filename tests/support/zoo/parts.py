@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from types import SimpleNamespace
 
@@ -28,7 +28,8 @@ class Entry:
     `transformers` are the attributes that denoise, and `calls` is how often a step calls them, both
     together if there are two. `before` calls come ahead of the first step. Where that is not all,
     `total(n)` says how many calls a run of n steps makes. `steps(n)` is the number of calls of
-    `pipe.scheduler.step`, those of copies of the scheduler left out.
+    `pipe.scheduler.step`, those of copies of the scheduler left out. Called with `two` besides, it
+    makes two samples, unlike; None if it cannot, and then `note` says why.
     """
 
     build: Callable
@@ -38,6 +39,7 @@ class Entry:
     before: int = 0
     total: Callable[[int], int] | None = None
     steps: Callable[[int], int] = int
+    two: dict | None = field(default_factory=lambda: dict(num_images_per_prompt=2))
     note: str = ""
 
     def forwards(self, n):
@@ -85,21 +87,26 @@ def ddim():
     return diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
 
 
-def text(length=8, seed=1, shape=(), width=WIDTH):
-    return normal(1, length, *shape, width, seed=seed)
+def text(length=8, seed=1, shape=(), width=WIDTH, batch=1):
+    return normal(batch, length, *shape, width, seed=seed)
 
 
-def mask(length=8, dtype=torch.long):
-    return torch.ones(1, length, dtype=dtype)
+def mask(lengths=(8,), to=8, dtype=torch.long):
+    """Return which tokens of each prompt are not padding: the first."""
+    return (torch.arange(to) < torch.tensor(lengths)[:, None]).to(dtype)
 
 
-def guided(length=8, name="embeds", masks=None, dtype=torch.long, seed=1, **size):
-    """Return a prompt and a negative one, unlike, and their masks if these have a name."""
-    prompts = {}
+def guided(length=8, name="embeds", masks=None, dtype=torch.long, seed=1, lengths=None, **size):
+    """Return a prompt and a negative one, unlike, and their masks if these have a name.
+
+    Where there are several, `lengths` are those of the prompts, to which padding is added, and in
+    reverse order those of the negative prompts.
+    """
+    prompts, lengths = {}, lengths or (length,)
     for i, start in enumerate(("prompt_", "negative_prompt_")):
-        prompts[start + name] = text(length, seed=seed + i, **size)
+        prompts[start + name] = text(length, seed=seed + i, batch=len(lengths), **size)
         if masks:
-            prompts[start + masks] = mask(length, dtype)
+            prompts[start + masks] = mask(lengths[:: 1 - 2 * i], length, dtype)
     return prompts
 
 
@@ -107,8 +114,19 @@ def square(side=SIDE):
     return dict(height=side, width=side)
 
 
+def oblong(side=SIDE):
+    """Return the size of an image half as wide again as it is high."""
+    return dict(height=side, width=side * 3 // 2)
+
+
 def picture(height=64, width=64):
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(9))
+
+
+def painted(side=SIDE):
+    """Return a picture, where to paint it anew, and that none of it lasts into the first step."""
+    image = picture(**oblong(side))
+    return dict(image=image, mask_image=image[:, :1].round(), strength=1.0, **oblong(side))
 
 
 def pil(height=64, width=64):

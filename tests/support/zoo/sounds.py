@@ -114,14 +114,17 @@ def ace_step(**inputs):
     return calling(pipe, prompt="cat", audio_duration=2.0, guidance_scale=3.0, **inputs)
 
 
-sound = partial(Entry, modality="audio")
+sound = partial(
+    Entry, modality="audio", two=None, note="what its encoders say is given, for one alone"
+)
 
 SOUNDS = {
-    "stable-audio": sound(stable_audio),
+    "stable-audio": sound(stable_audio, two=dict(num_waveforms_per_prompt=2)),
     "stable-audio3": sound(stable_audio3),
     "longcat-audio": sound(longcat_audio, calls=2),
     "ace-step": sound(ace_step),
     "ace-step-interval": sound(
-        partial(ace_step, cfg_interval_end=0.5), note="halves the batch midway"
+        partial(ace_step, cfg_interval_end=0.5),
+        note="halves the batch midway; for one sample alone",
     ),
 }

@@ -56,6 +56,15 @@ def wan_image(channels, **parts):
     return wan("WanImageToVideoPipeline", channels, parts=parts, image=pil())
 
 
+def wan_vace():
+    """A block in two has another beside it, which sees pictures to go by."""
+    config = dict(WAN, **CHANNELS, vace_layers=[0], vace_in_channels=4 + 4 + 64)
+    transformer = model("WanVACETransformer3DModel", **config)
+    vae = Shrink(4, 8, temperal_downsample=[False, True, True])
+    pipe = pipeline("WanVACEPipeline", transformer=transformer, vae=vae)
+    return calling(pipe, **guided(), **FRAMES, guidance_scale=3.0)
+
+
 def sky_reels(name, **inputs):
     transformer = model("SkyReelsV2Transformer3DModel", **WAN, **CHANNELS)
     scheduler = flow("UniPCMultistepScheduler")
@@ -74,7 +83,8 @@ def helios():
     return calling(pipe, **guided(), **square(64), **inputs, guidance_scale=3.0)
 
 
-def hunyuan_video():
+def hunyuan_video(*lengths):
+    """Of prompts of these lengths, or of one that is as long as may be."""
     transformer = model(
         "HunyuanVideoTransformer3DModel",
         **BLOCKS,
@@ -89,10 +99,11 @@ def hunyuan_video():
         rope_axes_dim=ROPE,
     )
     pipe = pipeline("HunyuanVideoPipeline", transformer=transformer)
+    lengths = lengths or (8,)
     prompt = dict(
-        prompt_embeds=text(),
-        pooled_prompt_embeds=normal(1, 16, seed=2),
-        prompt_attention_mask=mask(),
+        prompt_embeds=text(batch=len(lengths)),
+        pooled_prompt_embeds=normal(len(lengths), 16, seed=2),
+        prompt_attention_mask=mask(lengths),
     )
     return calling(pipe, **prompt, **FRAMES)
 
@@ -169,11 +180,12 @@ def ltx2(**guidance):
     return calling(pipe, lambda out: out.to_tuple(), **inputs, num_frames=17)
 
 
-def cogvideox():
+def cogvideox(rotary=False):
     transformer = model(
         "CogVideoXTransformer3DModel",
         **BLOCKS,
         **CHANNELS,
+        use_rotary_positional_embeddings=rotary,
         time_embed_dim=8,
         text_embed_dim=32,
         sample_width=8,
@@ -351,7 +363,11 @@ def any_flow():
     return calling(pipe, **guided(), **FRAMES, guidance_scale=3.0)
 
 
-video = partial(Entry, modality="video")
+video = partial(Entry, modality="video", two=dict(num_videos_per_prompt=2))
+
+two_masked = partial(video, two=guided(masks="attention_mask", lengths=(8, 6)))
+two_prompts = partial(video, two=guided(lengths=(8, 8)))
+one = partial(video, two=None, note="its pipeline takes one sample, or repeats prompts wrongly")
 
 TWO = ("transformer", "transformer_2")
 ONE_CALL = dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
@@ -364,6 +380,7 @@ VIDEOS = {
     "wan-per-token": video(partial(wan, parts=dict(expand_timesteps=True)), calls=2),
     "wan-image": video(partial(wan_image, 12), calls=2),
     "wan-image-per-token": video(partial(wan_image, 4, expand_timesteps=True), calls=2),
+    "wan-vace": one(wan_vace, calls=2),
     "sky-reels": video(partial(sky_reels, "SkyReelsV2Pipeline"), calls=2),
     "sky-reels-forcing": video(
         partial(sky_reels, "SkyReelsV2DiffusionForcingPipeline"),
@@ -377,25 +394,29 @@ VIDEOS = {
         steps=lambda n: 0,
         note="frames start one after the other, so that not each one is stepped in each call",
     ),
-    "helios": video(
+    "helios": one(
         helios, total=lambda n: 4 * n, steps=lambda n: 2 * n, note="two runs, one after the other"
     ),
     "hunyuan-video": video(hunyuan_video),
-    "hunyuan-video15": video(hunyuan_video15, calls=2),
-    "ltx": video(ltx),
-    "ltx-image": video(lambda: ltx("LTXImageToVideoPipeline", image=pil())),
-    "ltx2": video(partial(ltx2, **ONE_CALL), note="steps a copy of the scheduler for the sound"),
-    "ltx2-three-calls": video(partial(ltx2, spatio_temporal_guidance_blocks=[1]), calls=3),
-    "cogvideox": video(cogvideox),
-    "latte": video(latte),
-    "allegro": video(allegro),
-    "mochi": video(mochi),
+    "hunyuan-video-padded": video(partial(hunyuan_video, 8, 5), two={}),
+    "hunyuan-video15": one(hunyuan_video15, calls=2),
+    "ltx": two_masked(ltx),
+    "ltx-image": two_masked(lambda: ltx("LTXImageToVideoPipeline", image=pil())),
+    "ltx2": two_masked(
+        partial(ltx2, **ONE_CALL), note="steps a copy of the scheduler for the sound"
+    ),
+    "ltx2-three-calls": two_masked(partial(ltx2, spatio_temporal_guidance_blocks=[1]), calls=3),
+    "cogvideox": two_prompts(cogvideox),
+    "cogvideox-rotary": two_prompts(partial(cogvideox, rotary=True)),
+    "latte": one(latte),
+    "allegro": one(allegro),
+    "mochi": one(mochi),
     "kandinsky5": video(kandinsky5, calls=2),
     "cosmos": video(
         cosmos, calls=2, steps=lambda n: 2 * n, note="steps twice, setting the index back between"
     ),
     "sana-video": video(sana_video),
-    "easy-animate": video(easy_animate),
+    "easy-animate": one(easy_animate),
     "motif": video(motif, calls=2),
-    "any-flow": video(any_flow),
+    "any-flow": one(any_flow),
 }
