@@ -42,10 +42,19 @@ def check(name, **changes):
     return ras.check(pipe, family=record, num_inference_steps=2)
 
 
+WHOLE = {  # pipelines whose calls have no partial steps, and why
+    "lumina2-padded": "of unlike length",
+    "flux2-klein-kv": "keeps keys and values itself",
+    "glm-edit": "keeps keys and values itself",
+    "sky-reels-forcing": "a time of its own",
+    "sky-reels-causal": "a time of its own",
+    "cosmos": "not given the guided noise",
+}
 REGIONS = [
     name
     for name, entry in ENTRIES.items()
-    if name not in ("flux2-klein-kv", "flux-modular")  # the model's own cache; no call of its own
+    if name not in WHOLE
+    and name != "flux-modular"  # which has no call of its own
     and all(family.regions for _, family in families_of(entry.build()[0]))
 ]
 
@@ -99,6 +108,20 @@ def test_wrong_records_that_compute_something():
     """The error is of the order of the output."""
     with pytest.raises(AssertionError, match=r"relative error \d.*FluxTransformer2DModel is wrong"):
         check("flux", image_first=True)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_calls_of_whole_steps(name):
+    """The reason is said, and a run that asks for partial steps is warned once and dense."""
+    with pytest.raises(AssertionError, match=WHOLE[name]):
+        ras.check(callable_by_check(name), num_inference_steps=2)
+    pipe, call = ENTRIES[name].build()
+    ras.enable(pipe, plan=(1, 0.5, 1, 0.5), mask=False)
+    with pytest.warns(ras.RASWarning):
+        call(4)
+    stats = ras.stats(pipe)
+    assert stats.steps_sparse == 0 and stats.calls_computed == stats.calls_total
+    assert any(WHOLE[name] in warning or "no step of" in warning for warning in stats.warnings)
 
 
 # --- what cannot be tried -------------------------------------------------------------------------

@@ -39,6 +39,16 @@ FAMILY = [  # an entry of each
     "lumina2",
     "lumina",
     "sd3",
+    "ovis",
+    "longcat",
+    "bria",
+    "bria-fibo",
+    "flux3",
+    "hunyuan-image",
+    "cogview3",
+    "glm",
+    "hidream",
+    "sky-reels",
 ]
 VARIANTS = [
     "flux-true-cfg",
@@ -63,6 +73,8 @@ VARIANTS = [
     "wan-per-token",
     "wan-image",
     "wan-image-per-token",
+    "cogvideox-rotary",
+    "hunyuan-video-padded",
     "pixart-dpm",
     "pixart-oblong",
     "lumina2-truncated",
@@ -85,6 +97,12 @@ BEHIND = [  # with tokens that never walk: references and padding
     "z-image-controlnet",
 ]
 NAMES = FAMILY + VARIANTS + BEHIND
+HELD_ALONE = "cosmos2"  # its noise levels are on another scale than the oracle's
+ONE_SAMPLE = {  # or an output of another kind: `ras.check` is all that tries them
+    "WanVACETransformer3DModel",
+    "EasyAnimateTransformer3DModel",
+    "DiTTransformer2DModel",
+}
 EVEN = {f"{sign}prompt_attention_mask": torch.ones(2, 8).long() for sign in ("", "negative_")}
 MORE = dict.fromkeys(("lumina2", "lumina2-truncated"), EVEN)  # or else steps are whole
 
@@ -181,7 +199,7 @@ def test_run(name):
     assert max(errors(found, name, after, **CARRIED)) > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", [*FAMILY, HELD_ALONE])
 def test_run_that_holds(name):
     check(name, **HELD)
 
@@ -209,8 +227,8 @@ def test_all_tokens_in_any_order(name, monkeypatch):
 def test_every_family_is_there():
     """Of those that have partial steps; nothing here is taken from their records."""
     families = {row["transformer"] for row in support() if row["partial steps"] == "yes"}
-    tested = {type(start(name)[0].transformer).__name__ for name in FAMILY}
-    assert families == set(FAMILIES) == tested | {"WanVACETransformer3DModel"}
+    tested = {type(start(name)[0].transformer).__name__ for name in [*FAMILY, HELD_ALONE]}
+    assert families == tested | ONE_SAMPLE and tested <= set(FAMILIES)
 
 
 # --- what is wrong --------------------------------------------------------------------------------

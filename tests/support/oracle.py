@@ -70,24 +70,36 @@ def packed_noise(sample, inputs):
         shape = inputs["img_shapes"][0]  # of a sample's pictures, or of its only one
         return math.prod(shape if isinstance(shape[0], int) else shape[0])
     ids = inputs.get("img_ids", torch.zeros(len(sample), 1))
-    return (ids.reshape(-1, *ids.shape[-2:])[0, :, 0] == 0).sum().item()
+    which = ids.reshape(-1, *ids.shape[-2:])[0, :, 0]
+    return (which == which[0]).sum().item()
 
 
 FAMILIES = {
     "AuraFlowTransformer2DModel": Tokens(text_first=True),
+    "BriaFiboTransformer2DModel": Tokens(text_first=True),
+    "BriaTransformer2DModel": Tokens(text_first=True),
     "ChromaTransformer2DModel": Tokens(text_first=True),
     "CogVideoXTransformer3DModel": Tokens(text_first=True, channel=2),
+    "CogView3PlusTransformer2DModel": Tokens(text_first=True),
     "CogView4Transformer2DModel": Tokens(text_first=True),
+    "CosmosTransformer3DModel": Tokens(),
     "Flux2Transformer2DModel": Tokens(text_first=True),
+    "Flux3Transformer2DModel": Tokens(text_first=True),
     "FluxTransformer2DModel": Tokens(text_first=True),
+    "GlmImageTransformer2DModel": Tokens(text_first=True),
+    "HiDreamImageTransformer2DModel": Tokens(),
+    "HunyuanImageTransformer2DModel": Tokens(),
     "HunyuanVideoTransformer3DModel": Tokens(),
     "Krea2Transformer2DModel": Tokens(text_first=True),
     "LTXVideoTransformer3DModel": Tokens(),
+    "LongCatImageTransformer2DModel": Tokens(text_first=True),
     "Lumina2Transformer2DModel": Tokens(text_first=True, alone=False),  # its refiner is computed
     "LuminaNextDiT2DModel": Tokens(),
+    "OvisImageTransformer2DModel": Tokens(text_first=True),
     "PixArtTransformer2DModel": Tokens(),
     "QwenImageTransformer2DModel": Tokens(text_first=True),
     "SD3Transformer2DModel": Tokens(),
+    "SkyReelsV2Transformer3DModel": Tokens(),
     "WanTransformer3DModel": Tokens(),
     "WanVACETransformer3DModel": Tokens(),
     "ZImageTransformer2DModel": Tokens(multiple=32),
