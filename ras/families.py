@@ -381,7 +381,7 @@ FAMILIES = (
     ),
     Family(
         "CogVideoXTransformer3DModel",
-        ("CogVideoX",),
+        ("CogVideoX", "CogVideoXImageToVideo"),
         attention={"transformer_blocks.*.attn1": JOINT},
         enter={"": {"image_rotary_emb": TABLE}, "patch_embed": {None: JOINT}},
         leave="proj_out",

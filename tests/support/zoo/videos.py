@@ -20,13 +20,14 @@ from support.zoo.parts import (
     guided,
     mask,
     model,
+    oblong,
     pil,
     pipeline,
     square,
     text,
 )
 
-FRAMES = dict(num_frames=9, **square(64))  # 3 frames of 8 x 8 latent pixels, mostly
+FRAMES = dict(num_frames=9, **oblong(64))  # 3 frames of 8 x 12 latent pixels, mostly
 
 WAN = dict(
     num_attention_heads=2,
@@ -48,7 +49,7 @@ def wan(name="WanPipeline", channels=4, two=False, parts=None, **inputs):
         parts["transformer_2"] = model("WanTransformer3DModel", seed=1, **config)
         parts["boundary_ratio"] = 0.8
     pipe = pipeline(name, **parts)
-    return calling(pipe, **guided(), **FRAMES, guidance_scale=3.0, **inputs)
+    return calling(pipe, **{**guided(), **FRAMES, "guidance_scale": 3.0, **inputs})
 
 
 def wan_image(channels, **parts):
@@ -56,13 +57,13 @@ def wan_image(channels, **parts):
     return wan("WanImageToVideoPipeline", channels, parts=parts, image=pil())
 
 
-def wan_vace():
+def wan_vace(**inputs):
     """A block in two has another beside it, which sees pictures to go by."""
     config = dict(WAN, **CHANNELS, vace_layers=[0], vace_in_channels=4 + 4 + 64)
     transformer = model("WanVACETransformer3DModel", **config)
     vae = Shrink(4, 8, temperal_downsample=[False, True, True])
     pipe = pipeline("WanVACEPipeline", transformer=transformer, vae=vae)
-    return calling(pipe, **guided(), **FRAMES, guidance_scale=3.0)
+    return calling(pipe, **guided(), **FRAMES, guidance_scale=3.0, **inputs)
 
 
 def sky_reels(name, **inputs):
@@ -129,9 +130,12 @@ def hunyuan_video15():
         vae=Shrink(4, 8),
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
     )
-    prompt = guided(masks="embeds_mask")
-    prompt |= guided(name="embeds_2", masks="embeds_mask_2", seed=3)
-    return calling(pipe, **prompt, **FRAMES)
+    return calling(pipe, **hunyuan_video15_prompt(8), **FRAMES)
+
+
+def hunyuan_video15_prompt(*lengths):
+    prompt = guided(masks="embeds_mask", lengths=lengths)
+    return prompt | guided(name="embeds_2", masks="embeds_mask_2", seed=3, lengths=lengths)
 
 
 def ltx(name="LTXPipeline", **inputs):
@@ -145,8 +149,13 @@ def ltx(name="LTXPipeline", **inputs):
     statistics = dict(latents_mean=torch.zeros(4), latents_std=torch.ones(4))
     vae = Shrink(4, 32, scale_factor_temporal=8, **statistics)
     pipe = pipeline(name, transformer=transformer, vae=vae)
-    prompt = guided(masks="attention_mask")
-    return calling(pipe, **prompt, **square(256), num_frames=17, guidance_scale=3.0, **inputs)
+    inputs = {**guided(masks="attention_mask"), **square(256), **inputs}
+    return calling(pipe, **inputs, num_frames=17, guidance_scale=3.0)
+
+
+def ltx_padded():
+    prompts = guided(masks="attention_mask", lengths=(8, 5))
+    return ltx(**prompts, **oblong(256))
 
 
 class Connectors(Part):
@@ -176,26 +185,35 @@ def ltx2(**guidance):
     audio = Shrink(2, 4, **mels, **statistics)
     parts = dict(transformer=transformer, vae=vae, audio_vae=audio, connectors=Connectors())
     pipe = pipeline("LTX2Pipeline", **parts)
-    inputs = {**guided(masks="attention_mask"), **square(256), **guidance}
+    inputs = {**guided(masks="attention_mask"), **oblong(256), **guidance}
     return calling(pipe, lambda out: out.to_tuple(), **inputs, num_frames=17)
 
 
-def cogvideox(rotary=False):
-    transformer = model(
-        "CogVideoXTransformer3DModel",
-        **BLOCKS,
-        **CHANNELS,
-        use_rotary_positional_embeddings=rotary,
-        time_embed_dim=8,
-        text_embed_dim=32,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=9,
-        max_text_seq_length=8,
-    )
+COGVIDEOX = dict(
+    **BLOCKS,
+    out_channels=4,
+    time_embed_dim=8,
+    text_embed_dim=32,
+    sample_width=8,
+    sample_height=8,
+    sample_frames=9,
+    max_text_seq_length=8,
+)
+
+
+def cogvideox(name="CogVideoXPipeline", channels=4, vae=None, **inputs):
+    """A CogVideoX; as with those of diffusers, one for pictures has rotary embeddings."""
+    rotary = dict(use_rotary_positional_embeddings=inputs.pop("rotary", False))
+    transformer = model("CogVideoXTransformer3DModel", **COGVIDEOX, **rotary, in_channels=channels)
     scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction")
-    pipe = pipeline("CogVideoXPipeline", transformer=transformer, scheduler=scheduler)
-    return calling(pipe, **guided(), **FRAMES, guidance_scale=3.0)
+    pipe = pipeline(name, transformer=transformer, scheduler=scheduler, vae=vae)
+    return calling(pipe, **guided(), **FRAMES, guidance_scale=3.0, **inputs)
+
+
+def cogvideox_image():
+    """The picture's channels are beside those of the first frame."""
+    vae = Shrink(4, 8, scaling_factor=1.0, invert_scale_latents=False)
+    return cogvideox("CogVideoXImageToVideoPipeline", 8, vae, rotary=True, image=pil())
 
 
 def latte():
@@ -367,7 +385,7 @@ video = partial(Entry, modality="video", two=dict(num_videos_per_prompt=2))
 
 two_masked = partial(video, two=guided(masks="attention_mask", lengths=(8, 6)))
 two_prompts = partial(video, two=guided(lengths=(8, 8)))
-one = partial(video, two=None, note="its pipeline takes one sample, or repeats prompts wrongly")
+one = partial(video, two=None, note="its pipeline makes one video alone")
 
 TWO = ("transformer", "transformer_2")
 ONE_CALL = dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
@@ -376,11 +394,13 @@ ONE_CALL |= dict.fromkeys(("modality_scale", "audio_modality_scale"), 1.0)
 VIDEOS = {
     "wan": video(wan, calls=2),
     "wan-unipc": video(lambda: wan(parts=dict(scheduler=flow("UniPCMultistepScheduler"))), calls=2),
+    "wan-unguided": video(partial(wan, guidance_scale=1.0)),
     "wan22": video(partial(wan, two=True), calls=2, transformers=TWO),
     "wan-per-token": video(partial(wan, parts=dict(expand_timesteps=True)), calls=2),
     "wan-image": video(partial(wan_image, 12), calls=2),
     "wan-image-per-token": video(partial(wan_image, 4, expand_timesteps=True), calls=2),
     "wan-vace": one(wan_vace, calls=2),
+    "wan-vace-reference": one(lambda: wan_vace(reference_images=[pil()]), calls=2),
     "sky-reels": video(partial(sky_reels, "SkyReelsV2Pipeline"), calls=2),
     "sky-reels-forcing": video(
         partial(sky_reels, "SkyReelsV2DiffusionForcingPipeline"),
@@ -394,13 +414,14 @@ VIDEOS = {
         steps=lambda n: 0,
         note="frames start one after the other, so that not each one is stepped in each call",
     ),
-    "helios": one(
+    "helios": two_prompts(
         helios, total=lambda n: 4 * n, steps=lambda n: 2 * n, note="two runs, one after the other"
     ),
     "hunyuan-video": video(hunyuan_video),
     "hunyuan-video-padded": video(partial(hunyuan_video, 8, 5), two={}),
-    "hunyuan-video15": one(hunyuan_video15, calls=2),
+    "hunyuan-video15": video(hunyuan_video15, calls=2, two=hunyuan_video15_prompt(8, 6)),
     "ltx": two_masked(ltx),
+    "ltx-padded": video(ltx_padded, two={}),
     "ltx-image": two_masked(lambda: ltx("LTXImageToVideoPipeline", image=pil())),
     "ltx2": two_masked(
         partial(ltx2, **ONE_CALL), note="steps a copy of the scheduler for the sound"
@@ -408,15 +429,18 @@ VIDEOS = {
     "ltx2-three-calls": two_masked(partial(ltx2, spatio_temporal_guidance_blocks=[1]), calls=3),
     "cogvideox": two_prompts(cogvideox),
     "cogvideox-rotary": two_prompts(partial(cogvideox, rotary=True)),
-    "latte": one(latte),
-    "allegro": one(allegro),
-    "mochi": one(mochi),
+    "cogvideox-image": video(
+        cogvideox_image, two=guided(lengths=(8, 8)) | dict(image=[pil(), pil(64, 96)])
+    ),
+    "latte": two_prompts(latte),
+    "allegro": two_masked(allegro),
+    "mochi": video(mochi, two=guided(masks="attention_mask", dtype=torch.bool, lengths=(8, 6))),
     "kandinsky5": video(kandinsky5, calls=2),
     "cosmos": video(
         cosmos, calls=2, steps=lambda n: 2 * n, note="steps twice, setting the index back between"
     ),
     "sana-video": video(sana_video),
-    "easy-animate": one(easy_animate),
+    "easy-animate": two_masked(easy_animate),
     "motif": video(motif, calls=2),
-    "any-flow": one(any_flow),
+    "any-flow": two_prompts(any_flow),
 }
