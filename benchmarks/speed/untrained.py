@@ -66,7 +66,9 @@ def build(options: argparse.Namespace) -> DiffusionPipeline:
     if options.compile:
         # For all settings that are timed together; older versions take no limit by argument.
         torch._dynamo.config.recompile_limit = GRAPHS
-        ras.compile_repeated_blocks(transformer, fullgraph=True, backend=options.compile)
+        # No graph for shapes of all kinds, which is slower: those of a setting stay.
+        static = dict(fullgraph=True, dynamic=False)
+        ras.compile_repeated_blocks(transformer, backend=options.compile, **static)
     missing = dict.fromkeys(model.pipeline._get_signature_types())
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = model.pipeline(**missing | {"transformer": transformer, "scheduler": scheduler})

@@ -1,5 +1,7 @@
 """Masks: what counts as one, the regions under it, and runs that compute those."""
 
+import functools
+import inspect
 import itertools
 import warnings
 
@@ -12,6 +14,7 @@ from support import pipelines
 from support.pipelines import Recorder, normal, sd3_inputs
 from support.runs import SCHEDULERS, check_rows, run, steps_of
 from support.snapshot import Snapshot, check_undone
+from support.zoo import ENTRIES
 
 import ras
 from ras.masks import as_mask, masked_regions
@@ -318,6 +321,57 @@ def test_inpainting_with_two_masks_and_four_images():
         run(pipe, inputs, steps=4)
         upper, lower = list(range(8)), list(range(56, 64))
         check_counts(pipe, upper, lower, upper, lower)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flux-inpaint",
+        "flux-control-inpaint",
+        "flux-kontext-inpaint",
+        "qwen-inpaint",
+        "qwen-edit-inpaint",
+        "z-image-inpaint",
+        "chroma-inpaint",
+        "sd3-inpaint",
+    ],
+)
+def test_every_inpainting_pipelines_own_mask(monkeypatch, name):
+    """The regions that it touches are what partial steps compute, and no others."""
+    pipe, call = ENTRIES[name].build()
+    given, prepare = [], type(pipe).prepare_mask_latents
+
+    @functools.wraps(prepare)
+    def noted(self, *args, **kwargs):
+        bound = inspect.signature(prepare).bind(self, *args, **kwargs).arguments
+        given.append(as_mask(bound.get("mask", bound.get("mask_image"))))
+        return prepare(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "prepare_mask_latents", noted)
+    ras.enable(pipe, plan=(1, 1, 0.01, 0, 1, 0.01, 0.01, 0), mask_margin=0)
+    size = (96, 160) if name == "qwen-edit-inpaint" else (128, 192)
+    marks = Image.fromarray((255 * box(40, 60, 30, 20, size)).astype(np.uint8))
+    call(8, mask_image=marks)
+    stats = ras.stats(pipe)
+    counts = stats.region_counts
+    rows = masked_regions(given[0], counts.shape[1:], 0)[0].tolist()
+    assert stats.steps_sparse == 3 and 0 < len(rows) < counts[0].numel()
+    for sample in counts.flatten(1):
+        assert all((count == 6) == (row in rows) for row, count in enumerate(sample.tolist()))
+        assert set(sample.tolist()) == {3, 6}
+
+
+def test_a_mask_of_a_video():
+    """The same regions of all frames."""
+    pipe, call = ENTRIES["wan"].build()
+    mask = np.zeros((64, 96), np.float32)
+    mask[:16, 16:32] = 1
+    ras.enable(pipe, mask=mask, mask_margin=0, plan=(1, 1, 0.01, 0, 1, 0.01, 0.01, 0))
+    call(8)
+    counts = ras.stats(pipe).region_counts[0]
+    assert counts.ndim == 3 and ras.stats(pipe).steps_sparse == 3
+    for frame in counts:
+        assert [tuple(place) for place in (frame == 6).nonzero().tolist()] == [(0, 1)]
 
 
 def test_a_mask_given_goes_before_the_calls_own():
