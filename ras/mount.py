@@ -38,6 +38,7 @@ class Mount:
     def __init__(self, transformer: Any, family: Family, session: Session) -> None:
         self.transformer, self.family = transformer, family
         self.call: Call | None = None  # None: RAS stands aside
+        self._inputs: dict[str, Any] = {}  # of a partial step under way, all tokens' rows in them
         self._session = session
         self._parameters = list(inspect.signature(transformer.forward).parameters)
         self._layers = [
@@ -176,7 +177,7 @@ class Mount:
         """Decide how the tokens of this call go, before any of them enters."""
         if module is not self.transformer:
             return None
-        self.call = None
+        self.call, self._inputs = None, {}
         if self._forward is not None:
             self._forward.before_call()
         inputs = {**dict(zip(self._parameters, args)), **kwargs}
@@ -187,6 +188,7 @@ class Mount:
             layer.use(cache)
         if call.walk.active is None:
             return None
+        self._inputs = inputs
         spots = self.family.enter.get("", {})
         named = {
             name: take(inputs[name], rows, call.walk)
@@ -211,21 +213,22 @@ class Mount:
         if module is not self.transformer:
             return None
         call, self.call = self.call, None
+        inputs, self._inputs = self._inputs, {}
         missed = call is not None and self._missed(call)
         for layer in self._layers if call is not None else ():
             layer.use(None)
-        if missed and output is not None:
-            assert call is not None and call.walk is not None
-            self._session.attention_missed()
-            if call.walk.active is not None:  # what came out is of some tokens alone
-                output = module(*args, **kwargs)
-            return output
         if output is None:  # it failed, maybe before it came to anything
             self._session.call_failed()
-        elif self._forward is not None:  # unless the call has switched us off
-            self._forward.after_call()
-            if call is not None:
-                call.end(output)
+            return None
+        if self._forward is None:  # the call has switched us off
+            return None
+        self._forward.after_call()
+        if missed:
+            self._session.attention_missed()
+            # What came out of a partial step is of some tokens alone; this one computes all.
+            return module(**inputs) if inputs else None
+        if call is not None:
+            call.end(output)
         return None
 
     def _missed(self, call: Call) -> bool:

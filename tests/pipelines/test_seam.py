@@ -248,6 +248,60 @@ def test_tracebacks_lead_to_diffusers(monkeypatch):
     assert any("dispatch_attention_fn(" in line for line in lines)
 
 
+# --- attention that goes another way --------------------------------------------------------------
+
+
+def go_round(attn):
+    """Have a layer attend as diffusers does, whatever stands for its processor."""
+    original = attn.processor.ras_original
+    attn.forward = lambda hidden_states, encoder_hidden_states=None, **kw: original(
+        attn, hidden_states, encoder_hidden_states, **kw
+    )
+
+
+@pytest.mark.parametrize("after", [None, 1, 3])
+@NAMES
+def test_attention_that_is_not_seen(name, after):
+    """From the first step on, or in mid-run: steps are dense then, with one warning, not wrong."""
+    pipe, call = build(name)
+    ras.enable(pipe, plan=PLAN)
+    attn = pipe.transformer.transformer_blocks[1].attn
+    if after is None:
+        go_round(attn)
+
+    def later(pipe, step, time, tensors):
+        if step == after:
+            go_round(attn)
+        return {}
+
+    outputs = []
+    pipe.transformer.register_forward_hook(lambda *call: outputs.append(call[-1][0].shape))
+    with pytest.warns(ras.RASWarning, match="not where RAS looks") as warned:
+        call(len(PLAN), callback_on_step_end=later)
+    assert len([w for w in warned if issubclass(w.category, ras.RASWarning)]) == 1
+    assert len(set(outputs)) == 1
+    del attn.forward
+    ras.enable(pipe, plan=PLAN)
+    assert torch.equal(call(len(PLAN)), by_ras(name))
+
+
+@NAMES
+def test_a_partial_step_that_is_not_seen_is_computed_again(name):
+    """All of its tokens are what the dense step gives."""
+    pipe, call = build(name)
+    dense, plan = call(3), (1, 1, 0.5)
+    ras.enable(pipe, plan=plan)
+    attn = pipe.transformer.transformer_blocks[1].attn
+
+    def later(pipe, step, time, tensors):
+        if step == 1:
+            go_round(attn)
+        return {}
+
+    with pytest.warns(ras.RASWarning, match="not where RAS looks"):
+        assert torch.equal(call(3, callback_on_step_end=later), dense)
+
+
 # --- threads --------------------------------------------------------------------------------------
 
 
