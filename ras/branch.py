@@ -52,6 +52,8 @@ class Branch:
         """Reuse nothing of what was, and keep the memory for what comes."""
         self.tokens.begun = self.output.begun = False
         self.step, self.rows, self.skips = -1, None, False
+        for cache in self.caches:
+            cache.mask = None
 
     @property
     def held(self) -> list[Tensor]:

@@ -127,7 +127,7 @@ class _Probe:
         walk = mount.walk(branch, layout, shared=batch == 1)
         return Call(branch, 1.0, 0.0, False, walk)
 
-    def attention_missed(self) -> None:
+    def attention_missed(self, *, again: bool) -> None:
         raise AssertionError(
             f"the attention of some layers in {list(self.family.attention)} was not seen: their "
             "keys are of other tokens than the record says"

@@ -418,6 +418,7 @@ FAMILIES = (
         leaves=JOINT,
         layout=_lumina2_layout,
         output=IMAGES,
+        lengths=lambda inputs: tuple(inputs["encoder_attention_mask"].sum(dim=1).tolist()),
         obstacle=_lumina2_obstacle,
     ),
     Family(

@@ -54,6 +54,7 @@ class Family:
         obstacle: Why there can be no partial steps in a call, or None.
         whole: An input whose calls compute all tokens, since they leave out layers.
         usual_text: The text tokens of a pipeline's call with its default arguments.
+        lengths: What of a layout is told by values, which calls of one shape may not share.
         rotary: What cached keys were rotated by, to be compared; on the CPU.
         references: Whether some pipelines have tokens that only condition.
         skips: Whether steps can be skipped.
@@ -79,6 +80,7 @@ class Family:
     obstacle: Callable[[Any, Inputs], str | None] = lambda transformer, inputs: None
     whole: str | None = None
     usual_text: Callable[[Any], int] = lambda pipe: _default(pipe, "max_sequence_length") or 0
+    lengths: Callable[[Inputs], Any] = lambda inputs: None
     rotary: Callable[[Inputs], Any] = lambda inputs: None
     references: bool = False
     skips: bool = True

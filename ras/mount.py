@@ -224,7 +224,7 @@ class Mount:
             return None
         self._forward.after_call()
         if missed:
-            self._session.attention_missed()
+            self._session.attention_missed(again=bool(inputs))
             # What came out of a partial step is of some tokens alone; this one computes all.
             return module(**inputs) if inputs else None
         if call is not None:

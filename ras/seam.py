@@ -46,7 +46,7 @@ def redirect(original: Any, site: Site) -> Any:
     kind = _redirected(cast(Any, type(original)))
     if kind is None:
         raise ValueError(f"{type(original).__name__} has no attention that could be redirected")
-    ours = kind.__new__(kind)
+    ours = object.__new__(kind)
     object.__setattr__(ours, "__dict__", vars(original))
     object.__setattr__(ours, "ras_original", original)
     object.__setattr__(ours, "ras_site", site)
@@ -82,6 +82,8 @@ def _redirected(kind: Any) -> Any:
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
         "__call__": ours,
+        # Loaders of IP-adapters make new ones of the class that they find: plain ones.
+        "__new__": lambda cls, *args, **kwargs: kind(*args, **kwargs),
         "__copy__": lambda self: copy.copy(self.ras_original),
         "__deepcopy__": lambda self, memo: copy.deepcopy(self.ras_original, memo),
         "__reduce_ex__": lambda self, protocol: (_itself, (self.ras_original,)),

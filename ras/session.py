@@ -67,6 +67,7 @@ class Session:
         self._branches: dict[Any, Branch] = {}
         self._runs = 0
         self._warnings: dict[str, str] = {}
+        self._form: Any = None  # of the last call
         self._unseen_attention = False
         self._room_for_changes = True  # of keys and values, as far as is known
 
@@ -137,7 +138,7 @@ class Session:
         scheduler = self._follow_scheduler()
         if not is_set(scheduler):
             return None  # a call outside of any run
-        form = id(mount), form_of(inputs)
+        self._form = form = id(mount), form_of(inputs), mount.family.lengths(inputs)
         layout = self._layout(mount, form, inputs, scheduler)
         latents = mount.family.latents_of(inputs)
         batch = 1 if latents is None or not layout.grid else len(latents)
@@ -163,7 +164,8 @@ class Session:
         Some families' are told by tensors alone, which have to be read.
         """
         run, family = self.run, mount.family
-        if run is not None and run.timesteps is scheduler.timesteps and form in run.layouts:
+        same = run is not None and run.timesteps is scheduler.timesteps and not run.over
+        if run is not None and same and form in run.layouts:
             return run.layouts[form]
         if not family.regions:
             return Layout()
@@ -182,7 +184,7 @@ class Session:
         if (
             last is not None
             and last.timesteps is scheduler.timesteps
-            and last.planned.layout.grid == layout.grid
+            and (last.planned.layout.grid == layout.grid or not layout.grid)
             and not last.over
         ):
             return last
@@ -212,7 +214,6 @@ class Session:
         rotary = mount.family.rotary(inputs) if regions else None
         latents = mount.family.latents_of(inputs)
         dtype = _compute_dtype(latents)
-        form = *form, dtype, rotary, regions
         ordinal = run.calls[form]
         run.calls[form] += 1
         if run.planned.dense or not run.observed:
@@ -227,7 +228,8 @@ class Session:
                 "between, so that the run is dense: hand the noise to that scheduler",
             )
             return None
-        branch = self._branches.setdefault((*form, ordinal), Branch())
+        kind = dtype, rotary, regions, layout, run.planned.extrapolates
+        branch = self._branches.setdefault((*form, ordinal, *kind), Branch())
         begins, branch.step = branch.step != run.step, run.step
         known = branch.begun
         # All stages of a step are of one kind.
@@ -335,8 +337,14 @@ class Session:
             "that steps are whole",
         )
 
-    def attention_missed(self) -> None:
-        """Let partial steps be, where a layer's attention went another way."""
+    def attention_missed(self, *, again: bool) -> None:
+        """Let partial steps be, where a layer's attention went another way.
+
+        Args:
+            again: Whether the call is going to be made again, in its own place.
+        """
+        if again and self.run is not None:
+            self.run.calls[self._form] -= 1
         self._unseen_attention = True
         self._forget()
         self._warn(
@@ -445,6 +453,7 @@ class Session:
         held = [] if selection is None else selection.tensors
         for branch in self._branches.values():
             held += branch.held if branch.begun else []
+            held += [cache.mask for cache in branch.caches if cache.mask is not None]
         tally = self.run.tally
         tally.cache_bytes = max(tally.cache_bytes, sum(tensor.nbytes for tensor in held))
 

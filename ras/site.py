@@ -166,7 +166,7 @@ class Site:
         """Attend with the queries that walk over the keys and values of all tokens.
 
         Attention that is not this layer's own (that of an IP-adapter, of the text alone) is known
-        by other lengths, and passes by.
+        by other lengths, or comes later, and passes by.
 
         Args:
             inner: The function that attends: `inner(query, key, value, mask, ...)`.
@@ -174,7 +174,7 @@ class Site:
             query, key, value: Of the tokens that walk, with two such dimensions.
         """
         walk, cache = self.walk(), self.cache
-        if walk is None or cache is None:
+        if walk is None or cache is None or self.reached:
             return inner(query, key, value, *args, **kw)
         joint = cache.length > walk.layout.image
         text = walk.layout.text if joint else 0

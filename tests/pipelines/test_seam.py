@@ -302,6 +302,80 @@ def test_a_partial_step_that_is_not_seen_is_computed_again(name):
         assert torch.equal(call(3, callback_on_step_end=later), dense)
 
 
+class Calls:
+    """Notes each call's conditioning and output."""
+
+    def __init__(self, pipe):
+        self.made = []
+        pipe.transformer.register_forward_hook(self.note, with_kwargs=True)
+
+    def note(self, module, args, kwargs, output):
+        text = kwargs["encoder_hidden_states"].double().sum().item()
+        self.made.append((text, output[0].clone()))
+
+    def outputs(self, text):
+        return [output for other, output in self.made if other == text]
+
+
+@pytest.mark.parametrize("missed", [0, 1])
+@pytest.mark.parametrize("plan", [(1, 0, 0.5, 1), (1, 0.5, 0, 1)])
+def test_branches_stay_apart_where_partial_steps_end(plan, missed):
+    """Guidance's two calls: a skipped call gives what its own branch last gave, held."""
+    pipe, call = build("qwen")
+    calls = Calls(pipe)
+    ras.enable(pipe, plan=plan, extrapolation=0)
+    count, attn = iter(range(100)), pipe.transformer.transformer_blocks[1].attn
+
+    def begin(*_):
+        if next(count) == missed:
+            go_round(attn)
+
+    pipe.transformer.register_forward_pre_hook(begin)
+    with pytest.warns(ras.RASWarning, match="not where RAS looks"):
+        call(len(plan))
+    texts = list(dict.fromkeys(text for text, _ in calls.made))
+    assert len(texts) == 2
+    for skipped in (step for step, share in enumerate(plan) if not share):
+        for text, other in (texts, texts[::-1]):
+            held, found = calls.outputs(text)[skipped - 1 : skipped + 1]
+            strange = calls.outputs(other)[skipped - 1]
+            assert torch.equal(found, held) or not torch.equal(found, strange)
+
+
+def test_branches_stay_apart_where_there_is_no_room():
+    pipe, call = build("qwen")
+    calls = Calls(pipe)
+    ras.enable(pipe, plan=(1, 0.1, 0.1, 0.1, 0.1, 0.1), max_cache_bytes=1, extrapolation=0)
+    with pytest.warns(ras.RASWarning, match="max_cache_bytes"):
+        call(6)
+    first, second = list(dict.fromkeys(text for text, _ in calls.made))
+    assert not torch.equal(calls.outputs(first)[1], calls.outputs(second)[0])
+    assert ras.stats(pipe).calls_computed % 2 == 1  # the first branch had been let go of
+
+
+# --- prompts of one shape, and loaders ------------------------------------------------------------
+
+
+def test_prompts_that_are_padded_alike():
+    """Lumina 2 tells by values alone how long a text is: each call has a layout of its own."""
+    pipe, call = ENTRIES["lumina2"].build()
+    mask = (torch.arange(8) < 5).long()[None]
+    ras.enable(pipe, plan=PLAN, keep_caches=True)
+    found = call(len(PLAN), negative_prompt_attention_mask=mask)
+    assert ras.stats(pipe).steps_sparse == 3 and ras.stats(pipe).warnings == ()
+    call(len(PLAN))  # caches of another layout stay out of it
+    assert torch.equal(call(len(PLAN), negative_prompt_attention_mask=mask), found)
+
+
+def test_a_class_that_is_found_makes_plain_processors():
+    """As diffusers' loader of FLUX's IP-adapters does."""
+    pipe, _ = build("flux")
+    ras.enable(pipe, plan=PLAN)
+    for processor in pipe.transformer.attn_processors.values():
+        made = processor.__class__()
+        assert type(made) is transformer_flux.FluxAttnProcessor
+
+
 # --- threads --------------------------------------------------------------------------------------
 
 
