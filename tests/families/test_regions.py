@@ -212,21 +212,6 @@ def test_run_without_text_in_partial_steps(name):
     check(name, reuse_text=True, **CARRIED)
 
 
-@pytest.mark.parametrize("name", [*FAMILY, *VARIANTS])
-def test_all_tokens_in_any_order(name, monkeypatch):
-    """It is the dense run, as no token stays behind."""
-
-    def shuffled(self, noise, *_):
-        orders = [torch.randperm(noise.shape[1]) for _ in noise]
-        return torch.stack(orders).int()
-
-    monkeypatch.setattr(Selection, "choose", shuffled)
-    pipe, call = start(name, 6)
-    dense = call()
-    with ras.enabled(pipe, plan=(1, 0.5, 0.5, 1, 0.5, 0.5), mask=False):
-        assert relative_error(call(), dense) < 1e-5
-
-
 def test_every_family_is_there():
     """Of those that have partial steps; nothing here is taken from their records."""
     families = {row["transformer"] for row in support() if row["partial steps"] == "yes"}

@@ -11,7 +11,7 @@ import ras
 
 PLAN = (1, 1, 0.5, 1, 0, 0.5, 1, 0.5)  # all kinds of step
 STATIC = dict(fullgraph=True, dynamic=False)
-DENSE = {"flux": 3, "qwen": 1, "wan": 1, "sd3": 2, "z-image": 2}
+DENSE = {"flux": 3, "qwen": 1, "wan": 1, "sd3": 2}
 """Graphs that diffusers' own blocks make of a dense run. FLUX has two kinds of block, of which the
 second has two graphs: its first block gets tokens of other strides than the others."""
 
