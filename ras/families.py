@@ -25,6 +25,7 @@ from .layout import Layout, Rows
 from .processors import LuminaAttnProcessor, SD3AttnProcessor
 
 IMAGE, JOINT, TABLE, JOINT_TABLE, GRID = Rows
+OF_REGIONS = "every token's noise"  # held against the oracle's
 
 
 def family_of(transformer: object, *records: Family) -> Family:
@@ -49,7 +50,7 @@ def support() -> list[dict[str, str]]:
             "references": _of_references(family),
             "masks": "yes" if family.regions else "no",
             "result": "approximate" if family.skips else "exact",
-            "tested": "every token's noise" if family.regions else "every call's output",
+            "tested": family.tested or OF_REGIONS if family.regions else "every call's output",
             "note": family.note,
         }
         for family in FAMILIES
@@ -91,12 +92,16 @@ def _z_image_obstacle(transformer: Any, inputs: Inputs) -> str | None:
 def _lumina2_layout(transformer: Any, inputs: Inputs) -> Layout:
     """The text that is not padding; the transformer itself reads how long it is, in each call."""
     image = patched()(transformer, inputs)
-    return Layout(image.grid, max(inputs["encoder_attention_mask"].sum(dim=1).tolist()))
+    return Layout(image.grid, max(_lumina2_lengths(inputs)))
+
+
+def _lumina2_lengths(inputs: Inputs) -> tuple[int, ...]:
+    return tuple(inputs["encoder_attention_mask"].sum(dim=1).tolist())
 
 
 def _lumina2_obstacle(transformer: Any, inputs: Inputs) -> str | None:
-    lengths = set(inputs["encoder_attention_mask"].sum(dim=1).tolist())
-    return "the samples' texts are of unlike length" if len(lengths) > 1 else None
+    unlike = len(set(_lumina2_lengths(inputs))) > 1
+    return "the samples' texts are of unlike length" if unlike else None
 
 
 def _aura_flow_layout(transformer: Any, inputs: Inputs) -> Layout:
@@ -320,6 +325,7 @@ FAMILIES = (
             "vace_patch_embedding": {None: GRID},
         },
         leave="proj_out",
+        tested="ras.check",
         layout=patched(),
         output=VIDEOS,
     ),
@@ -418,7 +424,7 @@ FAMILIES = (
         leaves=JOINT,
         layout=_lumina2_layout,
         output=IMAGES,
-        lengths=lambda inputs: tuple(inputs["encoder_attention_mask"].sum(dim=1).tolist()),
+        lengths=_lumina2_lengths,
         obstacle=_lumina2_obstacle,
     ),
     Family(
@@ -539,6 +545,7 @@ FAMILIES = (
             "transformer_blocks.0": {"hidden_states": IMAGE},
         },
         leave="proj_out",
+        tested="ras.check",
         layout=_easy_animate_layout,
         output=VIDEOS_BY_CHANNEL,
         usual_text=lambda pipe: 256,
@@ -550,6 +557,7 @@ FAMILIES = (
         attention={"transformer_blocks.*.attn1": IMAGE},
         enter={"pos_embed": {None: IMAGE}},
         leave="proj_out_2",
+        tested="ras.check",
         layout=patched(),
         output=IMAGES,
     ),

@@ -58,6 +58,7 @@ class Family:
         rotary: What cached keys were rotated by, to be compared; on the CPU.
         references: Whether some pipelines have tokens that only condition.
         skips: Whether steps can be skipped.
+        tested: How partial steps are, if whole runs are not held against the tests' oracle.
         note: What the support table says besides.
     """
 
@@ -84,6 +85,7 @@ class Family:
     rotary: Callable[[Inputs], Any] = lambda inputs: None
     references: bool = False
     skips: bool = True
+    tested: str = ""
     note: str = ""
 
     @property
@@ -127,13 +129,12 @@ class Family:
             if noise.shape[1] != math.prod(grid) or noise.shape[2] % pixels:
                 return None
             return rearrange(noise, "b n (c p) -> b n (p c)", p=pixels), pixels
-        names = {4: "b c h w", 5: "b f c h w" if "b (f t) c" in self.output else "b c f h w"}
-        if noise.ndim not in names:
+        if noise.ndim not in (4, 5):
             return None
         frames, height, width = (1,) * (3 - len(grid)) + grid
         if noise.ndim == 4:
             noise = noise[:, :, None]
-        elif "b f c" in names[5]:
+        elif "b (f t) c" in self.output:
             noise = noise.transpose(1, 2)
         sizes = dict(f=frames, h=height, w=width)
         if any(side % count for side, count in zip(noise.shape[2:], sizes.values())):

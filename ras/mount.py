@@ -142,10 +142,6 @@ class Mount:
             layer.new_cache(batch, layout, dtype, device, carries=carries) for layer in self._layers
         ]
 
-    def cache_numbers(self, layout: Layout) -> tuple[int, int]:
-        """How many numbers a sample's keys and values are in one branch, and their changes."""
-        return cache_numbers(self.transformer, self.family, layout)
-
     def walk(
         self,
         branch: Branch,

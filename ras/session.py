@@ -17,7 +17,7 @@ from .config import RASConfig
 from .family import Family
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
-from .mount import SESSION, Mount
+from .mount import SESSION, Mount, cache_numbers
 from .plan import DENSE, SKIP, RunPlan
 from .policy.planner import plan_run, without_partial_steps
 from .policy.selection import Selection
@@ -293,7 +293,7 @@ class Session:
         extrapolates = self.run.planned.extrapolates
         carries = self.config.kv_correction and extrapolates and self._room_for_changes
         if caches and not branch.caches and self.config.max_cache_bytes is not None:
-            numbers = mount.cache_numbers(layout)
+            numbers = cache_numbers(mount.transformer, mount.family, layout)
             kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
             if carries and kept + changes > self._cache_bytes_left():
                 carries = self._room_for_changes = False
