@@ -61,9 +61,10 @@ class RASConfig:
         keep_caches: Whether caches stay between runs of one size and plan, at the same addresses,
             as CUDA graphs need (`mode="reduce-overhead"`, `torch.cuda.graph`); otherwise they are
             freed after a run's last step, before images are decoded.
-        max_cache_bytes: The most that a run's keys and values may take up on the device. How they
-            change (`kv_correction`) is kept where there is room for it; where there is none for
-            keys and values themselves, steps are whole. None sets no limit.
+        max_cache_bytes: The most that a run's keys and values, and the masks that go with them, may
+            take up on the device. How they change (`kv_correction`) is kept where there is room
+            for it; where there is none for keys and values themselves, steps are whole. None sets
+            no limit.
         mask_margin: By how many tokens the regions that `mask` marks are widened, at least 0.
 
     Raises:

@@ -11,18 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .branch import Branch, Call, form_of
+from .branch import Call, form_of
+from .branches import Branches
 from .clock import Clock, is_set, read_clock
 from .config import RASConfig
 from .family import Family
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
-from .mount import SESSION, Mount, cache_numbers
+from .mount import SESSION, Mount
 from .plan import DENSE, SKIP, RunPlan
 from .policy.planner import plan_run, without_partial_steps
 from .policy.selection import Selection
 from .run import Run
-from .site import KVCache
 from .slots import StepWatch
 from .stats import Stats, Tally
 
@@ -64,12 +64,11 @@ class Session:
         self._scheduler = scheduler
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._watch: StepWatch | None = None
-        self._branches: dict[Any, Branch] = {}
+        self._branches = Branches(config)
         self._runs = 0
         self._warnings: dict[str, str] = {}
         self._form: Any = None  # of the last call
         self._unseen_attention = False
-        self._room_for_changes = True  # of keys and values, as far as is known
 
     # --- on and off ---------------------------------------------------------------------------
 
@@ -190,6 +189,11 @@ class Session:
             return last
         self._forget()
         clock, masked = read_clock(scheduler, timestep), self.masked(layout)
+        if masked is not None and batch % len(masked):
+            raise ValueError(
+                f"mask is of {len(masked)} samples and the run of {batch}, guidance's copies "
+                "included; give one mask, or one for each sample"
+            )
         planned = self._plan(clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
@@ -229,7 +233,7 @@ class Session:
             )
             return None
         kind = dtype, rotary, regions, layout, run.planned.extrapolates
-        branch = self._branches.setdefault((*form, ordinal, *kind), Branch())
+        branch = self._branches[(*form, ordinal, *kind)]
         begins, branch.step = branch.step != run.step, run.step
         known = branch.begun
         # All stages of a step are of one kind.
@@ -241,9 +245,13 @@ class Session:
         family = mount.family
         whole = family.whole is not None and bool(inputs.get(family.whole))
         assert latents is not None and dtype is not None
-        if not known and not self._make_room(
-            branch, mount, latents, dtype, layout, caches=not whole
-        ):
+        if known:
+            room = not begins or self._branches.fit()
+        else:
+            room = self._branches.make_room(
+                branch, mount, latents, dtype, layout, extrapolates=extrapolates, caches=not whole
+            )
+        if not room:
             self._go_on_by_whole_steps(run)
             return None
         goes_on = known and (begins or branch.rows is not None)
@@ -277,54 +285,6 @@ class Session:
         if mount.put_in_place():
             self._forget()  # a new one knows of no earlier step
         return True
-
-    def _make_room(
-        self,
-        branch: Branch,
-        mount: Mount,
-        latents: Tensor | list[Tensor],
-        dtype: torch.dtype,
-        layout: Layout,
-        *,
-        caches: bool,
-    ) -> bool:
-        """Make room for a branch; False if its keys and values are more than there may be."""
-        assert self.run is not None
-        extrapolates = self.run.planned.extrapolates
-        carries = self.config.kv_correction and extrapolates and self._room_for_changes
-        if caches and not branch.caches and self.config.max_cache_bytes is not None:
-            numbers = cache_numbers(mount.transformer, mount.family, layout)
-            kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
-            if carries and kept + changes > self._cache_bytes_left():
-                carries = self._room_for_changes = False
-                for cache in self._caches():
-                    cache.forget_changes()
-            if kept > self._cache_bytes_left():
-                return False
-        mount.make_room(
-            branch,
-            len(latents),
-            layout,
-            dtype,
-            latents[0].device,
-            extrapolates=extrapolates,
-            caches=caches,
-            carries=carries,
-        )
-        if self.config.keep_caches and caches:  # tell compilers: CUDA graphs may write to it
-            for tensor in branch.held:
-                torch._dynamo.mark_static_address(tensor, guard=False)
-        return True
-
-    def _caches(self) -> list[KVCache]:
-        """The keys and values of all branches."""
-        return [cache for branch in self._branches.values() for cache in branch.caches]
-
-    def _cache_bytes_left(self) -> int:
-        """Of those that keys and values may take up."""
-        assert self.config.max_cache_bytes is not None
-        kept = [tensor.nbytes for cache in self._caches() for tensor in cache.tensors]
-        return self.config.max_cache_bytes - sum(kept)
 
     def _go_on_by_whole_steps(self, run: Run) -> None:
         """Plan a run anew that cannot keep its keys and values."""
@@ -379,7 +339,8 @@ class Session:
         if run.step == step and not run.over:
             return  # a second-order step is not done before its second stage
         run.active = None
-        self._let_go_of_branches(step)
+        self._note_bytes()
+        self._branches.after_step(step)
         if run.over:
             self._forget()
             run.selection = None
@@ -417,17 +378,6 @@ class Session:
         run.clock = read_clock(scheduler, begin=run.first_index)
         run.planned = self._plan(run.clock, run.planned.layout, run.masked)
 
-    def _let_go_of_branches(self, step: int) -> None:
-        """Free those not called in a step: guidance has ended, or another transformer goes on."""
-        self._note_bytes()
-        if not self.config.keep_caches or step == 0:
-            called = {name: each for name, each in self._branches.items() if each.step == step}
-            self._branches = called
-        for branch in self._branches.values():
-            branch.rows = None
-            if branch.step != step:
-                branch.forget()
-
     def call_failed(self) -> None:
         """Reuse nothing, as there is no telling how far a call came; it does not count as made."""
         self._forget()
@@ -441,20 +391,13 @@ class Session:
         self._note_bytes()
         if self.run is not None:
             self.run.leader = None
-        if not self.config.keep_caches:
-            self._branches.clear()
-        for branch in self._branches.values():
-            branch.forget()
+        self._branches.forget()
 
     def _note_bytes(self) -> None:
         if self.run is None:
             return
-        selection = self.run.selection
-        held = [] if selection is None else selection.tensors
-        for branch in self._branches.values():
-            held += branch.held if branch.begun else []
-            held += [cache.mask for cache in branch.caches if cache.mask is not None]
-        tally = self.run.tally
+        selection, tally = self.run.selection, self.run.tally
+        held = self._branches.held + ([] if selection is None else selection.tensors)
         tally.cache_bytes = max(tally.cache_bytes, sum(tensor.nbytes for tensor in held))
 
     def end_of_call(self) -> None:

@@ -86,7 +86,8 @@ class KVCache:
             changes = room(None, shape, dtype, device), room(None, shape, dtype, device)
             self._changes = changes
         self.mask: Tensor | None = None
-        """What the last step of all tokens was masked by, its keys in the order of the cache."""
+        """What the last step of all tokens was masked by: the model's own, one for all its layers
+        where it makes but one."""
 
     @property
     def length(self) -> int:
@@ -187,10 +188,10 @@ class Site:
         kept = _update(walk, cache, dim, (key, value), text)
         mask = args[0] if args else kw.get("attn_mask")
         if walk.active is None:
-            cache.mask = None if mask is None else _cache_order(mask, walk, text)
+            cache.mask = mask
             return inner(query, key, value, *args, **kw)
         if cache.mask is not None:
-            mask = _of_queries(cache.mask, walk, joint, text)
+            mask = _cache_order(_of_queries(cache.mask, walk, joint, text), walk, joint)
             args, kw = ((mask, *args[1:]), kw) if args else (args, {**kw, "attn_mask": mask})
         repeats = key.shape[3 - dim] // cache.heads
         key, value = (_as_heads(part, repeats, dim, like) for part, like in zip(kept, (key, value)))
@@ -246,13 +247,6 @@ def _update(walk: Walk, cache: KVCache, dim: int, fresh: KeyValue, text: int) ->
     return cache.update(image, part(first_text, first_text + text), walk, part(*ends))
 
 
-def _cache_order(mask: Tensor, walk: Walk, text: int) -> Tensor:
-    """A mask of all tokens, with its keys, the last dimension, in the order of the cache."""
-    if walk.image_first or not text or mask.shape[-1] == 1:
-        return mask
-    return torch.cat([mask[..., text:], mask[..., :text]], dim=-1)
-
-
 def _of_queries(mask: Tensor, walk: Walk, joint: bool, text: int) -> Tensor:
     """The rows of a mask that are the queries' that walk, where it has any."""
     if mask.ndim < 4 or mask.shape[-2] == 1:
@@ -266,6 +260,14 @@ def _of_queries(mask: Tensor, walk: Walk, joint: bool, text: int) -> Tensor:
     index = rows.long()[:, None, :, None]
     mask = mask.expand(len(rows), *mask.shape[1:])
     return mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
+
+
+def _cache_order(mask: Tensor, walk: Walk, joint: bool) -> Tensor:
+    """A mask with its keys, the last dimension, in the order of the cache."""
+    text = walk.layout.text if joint else 0
+    if walk.image_first or not text or mask.shape[-1] == 1:
+        return mask
+    return torch.cat([mask[..., text:], mask[..., :text]], dim=-1)
 
 
 def _as_heads(kept: Tensor, repeats: int, dim: int, like: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def run(name, **settings):
 
 
 def bytes_kept(session):
-    return sum(tensor.nbytes for cache in session._caches() for tensor in cache.tensors)
+    return sum(tensor.nbytes for cache in session._branches.caches for tensor in cache.tensors)
 
 
 def bytes_of(name):
@@ -72,9 +72,10 @@ def test_no_room_for_changes(name):
     held = run(name, kv_correction=False)[0]
     latents, _, kept = run(name, max_cache_bytes=keys + changes - 1)
     assert kept < keys + changes and relative_error(latents, held) < 1e-6
-    latents, _, kept = run(name, max_cache_bytes=keys)
+    masks = masks_of(name)[2][2]
+    latents, _, kept = run(name, max_cache_bytes=keys + masks)
     assert kept == keys and relative_error(latents, held) < 1e-6
-    latents, _, kept = run(name, max_cache_bytes=keys + changes)
+    latents, _, kept = run(name, max_cache_bytes=keys + changes + masks)
     assert kept == keys + changes and relative_error(latents, held) > 1e-6
 
 
@@ -97,6 +98,42 @@ def test_no_room(name):
         assert bytes_kept(session_of(pipe)) == 0
         assert name == "z-image" or planned.cache_bytes > 0  # which has no size of its own
         assert latents.isfinite().all() and relative_error(again, latents) < 1e-6
+
+
+def masks_of(name, **settings):
+    """How many layers have a mask, how many masks there are, and their bytes, at the most."""
+    pipe, call = ENTRIES[name].build()
+    ras.enable(pipe, plan=PLAN, **settings)
+    session, seen = session_of(pipe), [(0, 0, 0)]
+    begin = session.begin_call
+
+    def noted(mount, inputs):
+        found = begin(mount, inputs)
+        masked = [each.mask for each in session._branches.caches if each.mask is not None]
+        sizes = {mask.data_ptr(): mask.nbytes for mask in masked}
+        seen.append((len(masked), len(sizes), sum(sizes.values())))
+        return found
+
+    session.begin_call = noted
+    return call(len(PLAN)), ras.stats(pipe), max(seen)
+
+
+def test_one_mask_for_all_layers():
+    """Kept once where the model makes one, and counted among the bytes that are kept."""
+    _, stats, (layers, masks, nbytes) = masks_of("hunyuan-video")
+    assert layers > masks == 1 and nbytes > 0
+    assert stats.cache_bytes > run("hunyuan-video")[2] + nbytes
+
+
+def test_masks_count_in_the_budget():
+    """Chroma makes a square one in each layer, which nobody knows of before the first step."""
+    held, _, (_, _, nbytes) = masks_of("chroma", kv_correction=False)
+    budget = run("chroma", kv_correction=False)[2] + nbytes
+    fits, stats, _ = masks_of("chroma", kv_correction=False, max_cache_bytes=budget)
+    assert relative_error(fits, held) < 1e-6 and stats.steps_sparse > 0
+    with pytest.warns(ras.RASWarning, match="max_cache_bytes"):
+        whole, stats, _ = masks_of("chroma", kv_correction=False, max_cache_bytes=budget - 1)
+    assert stats.steps_sparse == 0 < stats.steps_skipped and whole.isfinite().all()
 
 
 @pytest.mark.parametrize("value, error", [(-1, ValueError), (1.5, TypeError), (True, TypeError)])

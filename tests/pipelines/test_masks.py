@@ -231,6 +231,18 @@ def test_a_plan_with_more_room_adds_others_by_drift(monkeypatch):
         check_counts(pipe, regions)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_masks_for_more_samples_than_there_are(guidance):
+    """Told before anything is computed, and the next run is as if it had not been."""
+    masks = np.stack([box(0, 0, 16, 128)] * 3)[:, None]
+    pipe = pipelines.sd3()
+    inputs = sd3_inputs(pipe, 2)
+    with ras.enabled(pipe, mask=masks, plan=(1, 1, 0.1, 1)):
+        with pytest.raises(ValueError, match="mask is of 3 samples and the run of"):
+            run(pipe, inputs, steps=4, guidance=guidance)
+        assert ras.stats(pipe).runs == 0
+
+
 def test_a_mask_of_the_whole_image():
     """Nothing is left out: every step that computes anything is dense."""
     pipe = pipelines.sd3()

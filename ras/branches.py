@@ -1,0 +1,107 @@
+"""The branches of a session, and the memory that they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .branch import Branch
+from .config import RASConfig
+from .layout import Layout
+from .mount import Mount, cache_numbers
+from .site import KVCache
+
+
+class Branches(dict[Any, Branch]):
+    """The branches of a session by name, and what their keys and values may take up."""
+
+    def __init__(self, config: RASConfig) -> None:
+        """Of `config` there count `max_cache_bytes`, `keep_caches` and `kv_correction`."""
+        super().__init__()
+        self._config = config
+        self._carries = config.kv_correction  # as far as is known, there is room for changes
+
+    def __missing__(self, name: Any) -> Branch:
+        self[name] = Branch()
+        return self[name]
+
+    @property
+    def caches(self) -> list[KVCache]:
+        """The keys and values of all."""
+        return [cache for branch in self.values() for cache in branch.caches]
+
+    @property
+    def held(self) -> list[Tensor]:
+        """All that is kept of those begun; masks, which layers may share, once."""
+        found = [branch.held for branch in self.values() if branch.begun]
+        return [tensor for each in found for tensor in each] + self._masks
+
+    @property
+    def _masks(self) -> list[Tensor]:
+        masks = [cache.mask for cache in self.caches if cache.mask is not None]
+        return list({mask.data_ptr(): mask for mask in masks}.values())
+
+    def make_room(
+        self,
+        branch: Branch,
+        mount: Mount,
+        latents: Tensor | list[Tensor],
+        dtype: torch.dtype,
+        layout: Layout,
+        *,
+        extrapolates: bool,
+        caches: bool,
+    ) -> bool:
+        """Make room for a branch; False if its keys and values are more than there may be."""
+        carries = extrapolates and self._carries
+        if caches and not branch.caches and self._config.max_cache_bytes is not None:
+            numbers = cache_numbers(mount.transformer, mount.family, layout)
+            kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
+            if carries and kept + changes > self._bytes_left():
+                carries = self._carries = False
+                for cache in self.caches:
+                    cache.forget_changes()
+            if kept > self._bytes_left():
+                return False
+        mount.make_room(
+            branch,
+            len(latents),
+            layout,
+            dtype,
+            latents[0].device,
+            extrapolates=extrapolates,
+            caches=caches,
+            carries=carries,
+        )
+        if self._config.keep_caches and caches:  # tell compilers: CUDA graphs may write to it
+            for tensor in branch.held:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        return True
+
+    def fit(self) -> bool:
+        """Whether there is room for the masks, too, which nobody knows before the first step."""
+        return self._config.max_cache_bytes is None or self._bytes_left() >= 0
+
+    def _bytes_left(self) -> int:
+        assert self._config.max_cache_bytes is not None
+        kept = [tensor for cache in self.caches for tensor in cache.tensors] + self._masks
+        return self._config.max_cache_bytes - sum(tensor.nbytes for tensor in kept)
+
+    def forget(self) -> None:
+        """Reuse nothing of what was, and free it unless it is to be kept."""
+        if not self._config.keep_caches:
+            self.clear()
+        for branch in self.values():
+            branch.forget()
+
+    def after_step(self, step: int) -> None:
+        """Free those not called in a step: guidance has ended, or another transformer goes on."""
+        if not self._config.keep_caches or step == 0:
+            for name in [name for name, branch in self.items() if branch.step != step]:
+                del self[name]
+        for branch in self.values():
+            branch.rows = None
+            if branch.step != step:
+                branch.forget()
