@@ -10,24 +10,23 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.modular_pipelines import ModularPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 
+from .callers import PIPELINES
 from .clock import Clock, read_clock
 from .config import RASConfig, check_count
 from .families import family_of
 from .family import Family
 from .layout import Layout
 from .masks import as_mask
-from .mount import cache_numbers
+from .mount import Mount, cache_numbers
 from .plan import RunPlan
 from .policy.planner import plan_run
 from .session import Session, asks_for_partial_steps
 from .stats import Stats
 
-PIPELINES = DiffusionPipeline, ModularPipeline
 DISCRETE = {  # schedulers of tokens out of a vocabulary
     "AmusedScheduler",
     "BlockRefinementScheduler",
@@ -64,13 +63,15 @@ def enable(
         **overrides: Fields of `RASConfig`, instead of those of `config`.
 
     Returns:
-        `model`. If it was enabled before, the configuration is replaced.
+        `model`. If it was enabled before, the configuration is replaced; pipelines that share a
+        transformer are enabled one by one, and may run in a thread each.
 
     Raises:
         TypeError: An option that does not exist, or a value of the wrong type.
         ValueError: A value out of its range, a mask with nothing under it, a bare transformer
-            without its scheduler, a pipeline that is not supported, or a setting that asks for
-            partial steps where there can be none. Nothing has been changed then.
+            without its scheduler, a pipeline that is not supported, another cache on the
+            transformer, or a setting that asks for partial steps where there can be none. Nothing
+            has been changed then.
     """
     config = _configured(config, overrides)
     pipe = model if isinstance(model, PIPELINES) else None
@@ -86,11 +87,21 @@ def enable(
             "scheduler= to bare transformers"
         )
     mask = mask if mask is None or mask is False else as_mask(mask)
-    families = families_of(model, family)
-    session = Session(families, config, scheduler=scheduler, pipe=pipe, mask=mask)
+    replaced = _sessions_of(model)
+    if pipe is None:
+        replaced = [each for each in replaced if each.steps_by_hand(scheduler)]
+    mounts = [_mount(*each, replaced) for each in families_of(model, family)]
+    session = Session(mounts, config, scheduler=scheduler, pipe=pipe, mask=mask)
+    for mount in mounts:
+        cache = mount.cache()
+        if cache is not None:
+            raise ValueError(
+                f"{cache} decides by itself what the transformer computes; take it off before "
+                "ras.enable (caches of diffusers by transformer.disable_cache())"
+            )
     wanted = asks_for_partial_steps(config, mask)
-    for mount in session.mounts if wanted else ():
-        obstacle = mount.obstacle()
+    for mount in mounts if wanted else ():
+        obstacle, change = mount.obstacle(), mount.change_of_rows()
         if not mount.family.regions:
             name = type(mount.transformer if pipe is None else pipe).__name__
             raise ValueError(
@@ -102,17 +113,25 @@ def enable(
                 f"{wanted} asks for partial steps, for which the attention processor {obstacle} "
                 "is not supported; take it out before ras.enable, or ask for speedup= alone"
             )
-    disable(model)
+        if change is not None:
+            raise ValueError(
+                f"{wanted} asks for partial steps, and {change} may want the rows of all tokens; "
+                "take it off before ras.enable, or ask for speedup= alone"
+            )
+    for each in replaced:
+        each.detach()
     session.attach()
     return model
 
 
 def disable(model: object) -> None:
-    """Leave the model as it was before `enable`; no effect if it is not enabled."""
-    for transformer in _transformers(model):
-        session = Session.of(transformer)
-        if session is not None:
-            session.detach()
+    """Leave the model as it was before `enable`; no effect if it is not enabled.
+
+    A transformer that other enabled pipelines share stays enabled for these; `disable` of the
+    transformer itself ends it for all.
+    """
+    for session in _sessions_of(model):
+        session.detach()
 
 
 @contextmanager
@@ -226,7 +245,7 @@ def plan(
     else:
         pipe: Any = model
         transformer = _transformers(pipe)[0]
-        family, session = _family(transformer, pipe), Session.of(transformer)
+        family, session = _family(transformer, pipe), session_of(pipe)
         config = RASConfig() if session is None else session.config
         scheduler = pipe.scheduler
         layout = _usual_layout(pipe, transformer, family, session, height, width)
@@ -278,8 +297,35 @@ def _clock(scheduler: Any, steps: int) -> Clock:
 
 
 def session_of(model: object) -> Session | None:
-    """The session of an enabled pipeline or transformer."""
-    return next(filter(None, map(Session.of, _transformers(model))), None)
+    """The session of an enabled pipeline, or the last one of a transformer."""
+    return next(reversed(_sessions_of(model)), None)
+
+
+def _sessions_of(model: object) -> list[Session]:
+    """The sessions of a pipeline's runs, or all of a transformer."""
+    found: dict[Session, None] = {}
+    for mount in map(Mount.of, _transformers(model)):
+        for session in [] if mount is None else mount.sessions:
+            if not isinstance(model, PIPELINES) or session.serves(model):
+                found[session] = None
+    return list(found)
+
+
+def _mount(transformer: nn.Module, family: Family, replaced: list[Session]) -> Mount:
+    """A transformer's mount: that of the pipelines which share it, unless all are replaced.
+
+    Raises:
+        ValueError: They have another record of it.
+    """
+    found = Mount.of(transformer)
+    if found is None or set(found.sessions) <= set(replaced):
+        return Mount(transformer, family)
+    if found.family != family:
+        raise ValueError(
+            f"this {family.model} is enabled for another pipeline with another record; call "
+            "ras.disable on the transformer first"
+        )
+    return found
 
 
 def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfig:

@@ -85,12 +85,12 @@ class _Probe:
     def _again(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if self._mount is not None:
             return  # one of ours
-        self._mount = mount = Mount(module, self.family, cast(Any, self))
+        self._mount = mount = Mount(module, self.family)
         name = mount.obstacle()
         if name is not None:
             self._mount = None
             raise AssertionError(f"the attention processor {name} cannot be stood in for")
-        mount.attach()
+        mount.add(cast(Any, self))
         try:
             self._branch = Branch()
             outputs = []
@@ -98,15 +98,24 @@ class _Probe:
                 given = copy.deepcopy((args, kwargs))
                 outputs.append(module(*given[0], **given[1]))
         finally:
-            mount.detach()
+            mount.remove(cast(Any, self))
             self._mount = None
         dense, *partial = outputs
         self.errors += [_error(dense, output), *(_error(each, dense) for each in partial)]
 
     # --- what a mount asks of its session
 
-    def mount_of(self, transformer: object) -> Mount | None:
-        return self._mount if transformer is self.transformer else None
+    pipeline = None
+
+    def serves(self, pipe: Any) -> bool:
+        """All calls are ours."""
+        return True
+
+    def expects_calls(self) -> bool:
+        return True
+
+    def is_here(self) -> bool:
+        return True
 
     def begin_call(self, mount: Mount, inputs: dict[str, Any]) -> Call:
         """Compute all tokens, then all in another order, then the first half of another one."""

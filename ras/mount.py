@@ -1,20 +1,24 @@
-"""One transformer of an enabled model: what is put on it, and the call of it under way."""
+"""An enabled transformer: what is put on it, whose calls it gets, and the one under way."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
+import pickle
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .branch import Branch, Call
+from .callers import Turn, calling_pipeline
 from .entry import joint_rows, leave, take, take_arguments, take_outputs
 from .family import Family, matches
 from .layout import Layout, Rows
+from .others import cache_on, change_of_rows
 from .site import Walk
 from .slots import (
     Answer,
@@ -23,23 +27,33 @@ from .slots import (
     ProcessorSlot,
     forget_fused_originals,
     heads_of_keys,
+    take_off_hooks,
 )
 
 if TYPE_CHECKING:
     from .session import Session
 
-SESSION = "_ras_session"  # on a transformer, while enabled
+MOUNT = "_ras_mount"  # on a transformer, while enabled
+COPY = "__deepcopy__"
 RESET = "_reset_stateful_cache"  # what pipelines call on their components when they return
 
 
 class Mount:
-    """One transformer of an enabled model, and the call of it under way."""
+    """What is put on one transformer, for the sessions of the pipelines that share it.
 
-    def __init__(self, transformer: Any, family: Family, session: Session) -> None:
+    Attributes:
+        transformer, family: The transformer and its record.
+        sessions: Those that are told of its calls.
+        call: The call under way as RAS has it go, or None where RAS stands aside.
+    """
+
+    def __init__(self, transformer: Any, family: Family) -> None:
         self.transformer, self.family = transformer, family
-        self.call: Call | None = None  # None: RAS stands aside
+        self.sessions: list[Session] = []
+        self.call: Call | None = None
+        self._session: Session | None = None  # that of the call under way
         self._inputs: dict[str, Any] = {}  # of a partial step under way, all tokens' rows in them
-        self._session = session
+        self._turn = Turn()
         self._parameters = list(inspect.signature(transformer.forward).parameters)
         self._layers = [
             ProcessorSlot(attn, rows, family.processor, lambda: self._walk)
@@ -68,32 +82,87 @@ class Mount:
                     found.append(HookSlot(transformer, path, hook))
         return found
 
+    @staticmethod
+    def of(transformer: nn.Module) -> Mount | None:
+        """That of an enabled transformer."""
+        found = vars(transformer).get(MOUNT)
+        # A copy refers to it, too.
+        return found if found is not None and found.transformer is transformer else None
+
     # --- on and off ---------------------------------------------------------------------------
 
-    def attach(self) -> None:
+    def add(self, session: Session) -> None:
+        """Tell a session of the calls from now on."""
+        with self._turn:
+            if not self.sessions:
+                self._attach()
+            self.sessions.append(session)
+
+    def remove(self, session: Session) -> None:
+        """Tell it no more; with the last one, take off whatever is still ours."""
+        with self._turn:
+            self.sessions.remove(session)
+            if not self.sessions:
+                self._detach()
+
+    def _attach(self) -> None:
         transformer = self.transformer
-        setattr(transformer, SESSION, self._session)
-        setattr(transformer, RESET, self._end_of_call)
+        ours = {MOUNT: self, RESET: self._end_of_call, COPY: self._plain_copy}
+        for name, value in ours.items():
+            setattr(transformer, name, value)
         self._handles = [
             transformer.register_forward_pre_hook(self._before_call, with_kwargs=True),
             transformer.register_forward_hook(self._after_call, with_kwargs=True, always_call=True),
         ]
-        self._forward = ForwardSlot(transformer, _answer)
+        self._forward = ForwardSlot(transformer, _answer, self._interrupted)
         self.put_in_place()
 
-    def detach(self) -> None:
-        """Take off whatever is still ours."""
+    def _detach(self) -> None:
         self.call = None
         for part in (*self._handles, *self._hooks, *self._layers, self._forward):
             part.remove()
         self._forward = None
         forget_fused_originals(self.transformer)
-        delattr(self.transformer, SESSION)
-        delattr(self.transformer, RESET)
+        for name in (MOUNT, RESET, COPY):
+            delattr(self.transformer, name)
+
+    def _plain_copy(self, memo: dict[int, Any]) -> nn.Module:
+        """A deep copy of the transformer that knows nothing of RAS."""
+        with self._turn:
+            delattr(self.transformer, COPY)
+            try:
+                copied = copy.deepcopy(self.transformer, memo)
+            finally:
+                setattr(self.transformer, COPY, self._plain_copy)
+        for name in (MOUNT, RESET, "forward"):
+            vars(copied).pop(name, None)
+        for module in copied.modules():
+            take_off_hooks(module, self)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mount:
+        """Itself: the hooks of a copy lead here, and do nothing."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        name = type(self.transformer).__name__
+        raise pickle.PicklingError(
+            f"this {name} is enabled, and what RAS keeps cannot be pickled; call ras.disable "
+            "first, or pickle a copy.deepcopy, which is not enabled"
+        )
 
     def obstacle(self) -> str | None:
         """The name of an attention processor that RAS cannot stand in for."""
         return next(filter(None, (layer.obstacle() for layer in self._layers)), None)
+
+    def cache(self) -> str | None:
+        """What decides by itself what the transformer's calls compute, if anything does."""
+        return cache_on(self.transformer)
+
+    def change_of_rows(self) -> str | None:
+        """What may not take a part of the tokens, if there is anything."""
+        layers = (attn for attn, _ in self.family.attention_layers(self.transformer))
+        return change_of_rows(self.transformer, layers)
 
     def put_in_place(self) -> bool:
         """Have every hook and processor be ours where they can be, and say if any was not."""
@@ -166,6 +235,22 @@ class Mount:
             joint=None if rows is None else joint_rows(rows, layout, family.image_first),
         )
 
+    def _caller(self) -> Session | None:
+        """The session whose run the call under way belongs to, if any is enabled for it.
+
+        Of calls by hand, outside of any pipeline, nobody says whose they are; where more than one
+        session may expect them they are left alone.
+        """
+        pipe = calling_pipeline()
+        if pipe is None:
+            found = [session for session in self.sessions if session.expects_calls()]
+            return found[0] if len(found) == 1 else None
+        found = [session for session in self.sessions if session.serves(pipe)]
+        if not found:
+            self.sessions[0].tell_of_others(pipe)
+            return None
+        return min(found, key=lambda session: session.pipeline is not pipe)
+
     @torch.compiler.disable
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,9 +258,13 @@ class Mount:
         """Decide how the tokens of this call go, before any of them enters."""
         if module is not self.transformer:
             return None
-        self.call, self._inputs = None, {}
+        self._turn.take()
+        self.call, self._session, self._inputs = None, None, {}
         if self._forward is not None:
             self._forward.before_call()
+        self._session = self._caller()
+        if self._session is None:
+            return None
         inputs = {**dict(zip(self._parameters, args)), **kwargs}
         self.call = call = self._session.begin_call(self, inputs)
         if call is None or call.walk is None or call.skip:
@@ -208,24 +297,34 @@ class Mount:
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if module is not self.transformer:
             return None
+        with self._turn:
+            return self._end_call(output)
+
+    def _end_call(self, output: Any) -> Any:
         call, self.call = self.call, None
+        session, self._session = self._session, None
         inputs, self._inputs = self._inputs, {}
         missed = call is not None and self._missed(call)
         for layer in self._layers if call is not None else ():
             layer.use(None)
         if output is None:  # it failed, maybe before it came to anything
-            self._session.call_failed()
+            if session is not None:
+                session.call_failed()
             return None
         if self._forward is None:  # the call has switched us off
             return None
         self._forward.after_call()
-        if missed:
-            self._session.attention_missed(again=bool(inputs))
+        if missed and session is not None:
+            session.attention_missed(again=bool(inputs))
             # What came out of a partial step is of some tokens alone; this one computes all.
-            return module(**inputs) if inputs else None
+            return self.transformer(**inputs) if inputs else None
         if call is not None:
             call.end(output)
         return None
+
+    def _interrupted(self) -> None:
+        """Do what the end of the call would, which does not come."""
+        self._after_call(self.transformer, (), {}, None)
 
     def _missed(self, call: Call) -> bool:
         """Whether attention whose keys and values are kept went another way than ours."""
@@ -266,7 +365,10 @@ class Mount:
 
     def _end_of_call(self, *args: Any, **kwargs: Any) -> None:
         """Do what a pipeline wants when it returns, from an interrupted run too."""
-        self._session.end_of_call()
+        pipe = calling_pipeline()
+        for session in self.sessions:
+            if session.is_here() if pipe is None else session.serves(pipe):
+                session.end_of_call()
         inherited = getattr(type(self.transformer), RESET, None)
         if inherited is not None:
             inherited(self.transformer, *args, **kwargs)
@@ -284,8 +386,7 @@ def cache_numbers(transformer: Any, family: Family, layout: Layout) -> tuple[int
 
 @torch.compiler.disable
 def _answer(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer | None:
-    session = vars(transformer).get(SESSION)
-    mount = None if session is None else session.mount_of(transformer)
+    mount = Mount.of(transformer)
     return None if mount is None else mount.answer()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,13 +30,15 @@ class Run:
         tally: What has been done.
         stage: Scheduler steps done; `clock.order` of them make a solver step.
         calls: How many calls of each kind there were in this stage.
-        observed: Whether the scheduler's steps are seen.
+        observed: Whether the scheduler's steps are seen, and calls are ours to leave out.
         layouts: Of calls, by their form.
         family: That of the transformer whose call was the step's first.
         first_index: The scheduler's `step_index` at the first step.
         selection: What regions are chosen by.
         active: `(S, k)` regions chosen for the step under way, or None.
         leader: The branch whose call was the step's first.
+        thread: In which it began.
+        obstacle: What others have put on the model that does not take a part of the tokens.
     """
 
     timesteps: Tensor
@@ -52,6 +55,8 @@ class Run:
     selection: Selection | None = None
     active: Tensor | None = None
     leader: Branch | None = None
+    obstacle: str | None = None
+    thread: int = field(default_factory=threading.get_ident)
 
     @property
     def step(self) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import __future__
 
 import ast
-import copy
 import functools
 import inspect
 import textwrap
@@ -84,9 +83,6 @@ def _redirected(kind: Any) -> Any:
         "__call__": ours,
         # Loaders of IP-adapters make new ones of the class that they find: plain ones.
         "__new__": lambda cls, *args, **kwargs: kind(*args, **kwargs),
-        "__copy__": lambda self: copy.copy(self.ras_original),
-        "__deepcopy__": lambda self, memo: copy.deepcopy(self.ras_original, memo),
-        "__reduce_ex__": lambda self, protocol: (_itself, (self.ras_original,)),
     }
     return type(kind.__name__, (_Redirected, kind), members)
 
@@ -119,11 +115,6 @@ def _of_site(method: str, node: ast.expr) -> ast.expr:
     for part in ast.walk(expression):
         ast.copy_location(part, node)
     return expression
-
-
-def _itself(original: Any) -> Any:
-    """What a pickle of ours is read as."""
-    return original
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

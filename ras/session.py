@@ -1,24 +1,24 @@
-"""One enabled model: which of its calls compute what, and what regions come next."""
+"""One enabled pipeline: which calls of its models compute what, and what regions come next."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .branch import Call, form_of
 from .branches import Branches
 from .clock import Clock, is_set, read_clock
 from .config import RASConfig
-from .family import Family
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
-from .mount import SESSION, Mount
+from .mount import Mount
 from .plan import DENSE, SKIP, RunPlan
 from .policy.planner import plan_run, without_partial_steps
 from .policy.selection import Selection
@@ -39,7 +39,7 @@ class Session:
     """What `enable` begins and `disable` ends, and the run under way.
 
     Args:
-        transformers: The denoisers, each with its record.
+        mounts: Of the denoisers, which other pipelines may share.
         config: The settings.
         scheduler: Whose `step` gets the guided noise, unless there is a pipeline, which has one.
         pipe: The pipeline, or None.
@@ -48,7 +48,7 @@ class Session:
 
     def __init__(
         self,
-        transformers: Iterable[tuple[nn.Module, Family]],
+        mounts: Sequence[Mount],
         config: RASConfig,
         *,
         scheduler: Any,
@@ -56,7 +56,7 @@ class Session:
         mask: Tensor | Literal[False] | None,
     ) -> None:
         self.config = config
-        self.mounts = [Mount(transformer, family, self) for transformer, family in transformers]
+        self.mounts = mounts
         self.run: Run | None = None
         self.mask = None if mask is False else mask
         self._watches_mask = mask is None and hasattr(pipe, "prepare_mask_latents")
@@ -72,34 +72,19 @@ class Session:
 
     # --- on and off ---------------------------------------------------------------------------
 
-    @staticmethod
-    def of(transformer: nn.Module) -> Session | None:
-        """The session of an enabled transformer."""
-        session = vars(transformer).get(SESSION)
-        # A deep copy of an enabled transformer is not enabled.
-        found = None if session is None else session.mount_of(transformer)
-        return None if found is None else session
-
-    def mount_of(self, transformer: object) -> Mount | None:
-        return next((mount for mount in self.mounts if mount.transformer is transformer), None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """Itself: the hooks of a deep copy of a transformer lead here, and do nothing."""
-        return self
-
     def attach(self) -> None:
         for mount in self.mounts:
-            mount.attach()
+            mount.add(self)
         if self._watches_mask and self._pipe is not None:
             self._mask_watch = MaskWatch(self._pipe())
         self._follow_scheduler()
 
     def detach(self) -> None:
         """Take off whatever is still ours."""
+        for mount in self.mounts:
+            mount.remove(self)
         self._branches.clear()
         self.run = None
-        for part in self.mounts:
-            part.detach()
         if self._watch is not None:
             self._watch.remove()
         if self._mask_watch is not None:
@@ -107,7 +92,7 @@ class Session:
 
     def _follow_scheduler(self) -> Any:
         """Watch the scheduler in use, and return it."""
-        pipe = None if self._pipe is None else self._pipe()
+        pipe = self.pipeline
         if pipe is not None:  # a pipeline made of this one's parts may have taken its place
             self._scheduler = pipe.scheduler
         if self._watch is None or self._watch.scheduler is not self._scheduler:
@@ -116,11 +101,49 @@ class Session:
             self._watch = StepWatch(self._scheduler, self._after_step)
         return self._scheduler
 
+    @property
+    def pipeline(self) -> Any | None:
+        """The enabled pipeline, as long as there is one."""
+        return None if self._pipe is None else self._pipe()
+
     def _warn(self, kind: str, message: str) -> None:
         """Warn once of each kind."""
         if kind not in self._warnings:
             self._warnings[kind] = message
             warnings.warn(message, RASWarning, stacklevel=2)
+
+    # --- whose calls these are ----------------------------------------------------------------
+
+    def steps_by_hand(self, scheduler: Any) -> bool:
+        """Whether a bare transformer was enabled, or a pipeline with that scheduler."""
+        return self._pipe is None or self._follow_scheduler() is scheduler
+
+    def serves(self, pipe: Any) -> bool:
+        """Whether a pipeline's runs are this session's: the enabled one's, and of its scheduler."""
+        enabled = self.pipeline
+        scheduler = self._scheduler if enabled is None else enabled.scheduler
+        return pipe is enabled or pipe.scheduler is scheduler
+
+    def expects_calls(self) -> bool:
+        """Whether a call in this thread that no pipeline makes may be of a run of this session."""
+        scheduler = self._follow_scheduler()
+        if not is_set(scheduler):
+            return False
+        run = self.run
+        under_way = run is not None and run.timesteps is scheduler.timesteps and not run.over
+        return not under_way or self.is_here()
+
+    def is_here(self) -> bool:
+        """Whether the last run, if there was one, is of this thread."""
+        return self.run is None or self.run.thread == threading.get_ident()
+
+    def tell_of_others(self, pipe: Any) -> None:
+        """Warn that a pipeline shares the transformer and is not enabled."""
+        self._warn(
+            "others",
+            f"a {type(pipe).__name__} calls the transformer of an enabled pipeline and is not "
+            "enabled itself, so that its runs are dense; call ras.enable on it, too",
+        )
 
     # --- a call of a transformer --------------------------------------------------------------
 
@@ -198,7 +221,22 @@ class Session:
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
         self._runs += 1
+        self._look_around(self.run)
         return self.run
+
+    def _look_around(self, run: Run) -> None:
+        """Have a run be as dense as what others have put on the transformers since asks for."""
+        caches = list(filter(None, (mount.cache() for mount in self.mounts)))
+        if caches and not run.planned.dense:
+            run.observed = False
+            self._warn(
+                "cache",
+                f"{caches[0]} decides by itself what is computed, so that the run is dense; take "
+                "it off, or ras.disable",
+            )
+        if run.planned.partial:
+            changes = filter(None, (mount.change_of_rows() for mount in self.mounts))
+            run.obstacle = next(changes, None)
 
     def _plan(self, clock: Clock, layout: Layout, masked: Tensor | None) -> RunPlan:
         return plan_run(self.config, clock, layout, None if masked is None else masked.shape[1])
@@ -214,7 +252,7 @@ class Session:
         self, run: Run, mount: Mount, form: Any, layout: Layout, inputs: dict[str, Any]
     ) -> Call | None:
         """The call under way, its branch and what walks; None where all is dense."""
-        regions = run.planned.partial and bool(layout.grid) and self._regions(mount)
+        regions = run.planned.partial and bool(layout.grid) and self._regions(run, mount)
         rotary = mount.family.rotary(inputs) if regions else None
         latents = mount.family.latents_of(inputs)
         dtype = _compute_dtype(latents)
@@ -270,7 +308,7 @@ class Session:
         )
         return made(walk, partial(family.unpack, transformer=mount.transformer, grid=layout.grid))
 
-    def _regions(self, mount: Mount) -> bool:
+    def _regions(self, run: Run, mount: Mount) -> bool:
         """Whether a call may have partial steps; each hook and processor is in its place then."""
         if not mount.family.regions or self._unseen_attention:
             return False
@@ -280,6 +318,13 @@ class Session:
                 "processor",
                 f"partial steps are dense while a layer's attention processor is {obstacle}, "
                 "which RAS cannot stand in for",
+            )
+            return False
+        if run.obstacle is not None:
+            self._warn(
+                "rows",
+                f"partial steps are dense with {run.obstacle}, as it may want the rows of all "
+                "tokens",
             )
             return False
         if mount.put_in_place():

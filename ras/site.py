@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -220,13 +221,30 @@ class Site:
 
 
 class RASAttnProcessor:
-    """Stands in an attention layer for the processor it found there, which it calls if idle."""
+    """Stands in an attention layer for the processor it found there, which it calls if idle.
+
+    Copies and pickles of it are of that processor.
+    """
 
     replaces: ClassVar[tuple[type, ...]]
     """The processors that compute what this one does."""
 
     def __init__(self, original: Any, site: Site) -> None:
         self.ras_original, self.ras_site = original, site
+
+    def __copy__(self) -> Any:
+        return copy.copy(self.ras_original)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.ras_original, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _itself, (self.ras_original,)
+
+
+def _itself(original: Any) -> Any:
+    """What a pickle of ours is read as."""
+    return original
 
 
 def _update(walk: Walk, cache: KVCache, dim: int, fresh: KeyValue, text: int) -> KeyValue:

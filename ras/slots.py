@@ -123,34 +123,48 @@ class ForwardSlot:
     somebody has put another thing on top since.
     """
 
-    def __init__(self, transformer: nn.Module, answer: Callable[..., Answer | None]) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        answer: Callable[..., Answer | None],
+        interrupted: Callable[[], None],
+    ) -> None:
         """`answer(transformer, args, kwargs)` returns None for `forward`, or two functions.
 
         The first makes tensors, the second an output of them. Compilers look into the first alone,
-        as into `forward`: some refuse a call in which there is nothing for them.
+        as into `forward`: some refuse a call in which there is nothing for them. `interrupted` is
+        called where something ends a call that forward hooks do not hear of, Ctrl-C above all.
         """
-        self._transformer, self._answer = transformer, answer
+        self._transformer, self._answer, self._interrupted = transformer, answer, interrupted
         self._found: Any = None
         self.reached = False
         """For `answer` to set: whether the call under way has come here."""
         self._put()
 
     def _put(self) -> None:
-        transformer, answer = self._transformer, self._answer
+        transformer, answer, interrupted = self._transformer, self._answer, self._interrupted
         self._before = before = vars(transformer).get("forward")
         of = weakref.ref(transformer)  # a deep copy has this function too
 
         @torch.compiler.disable(recursive=False)
         @functools.wraps(type(transformer).forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            answered = answer(self, args, kwargs)
-            if answered is not None:
-                predict, finish = answered
-                return finish(predict())
-            if before is None or self is not of():
-                return type(self).forward(self, *args, **kwargs)
-            return before(*args, **kwargs)
+            ours = self is of()
+            try:
+                answered = answer(self, args, kwargs)
+                if answered is not None:
+                    predict, finish = answered
+                    return finish(predict())
+                if before is None or not ours:
+                    return type(self).forward(self, *args, **kwargs)
+                return before(*args, **kwargs)
+            except BaseException as error:
+                if ours and not isinstance(error, Exception):
+                    interrupted()
+                raise
 
+        if before is not None:
+            forward.__wrapped__ = before  # for whoever asks what is beneath
         self._ours = types.MethodType(forward, transformer)
         transformer.forward = self._ours
 
@@ -175,6 +189,23 @@ class ForwardSlot:
         del self._transformer.forward
         if self._before is not None:
             self._transformer.forward = self._before
+
+
+def take_off_hooks(module: nn.Module, owner: object) -> None:
+    """Take off the forward hooks that are methods of `owner`."""
+    kinds = {
+        "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+        "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    }
+    for name, flags in kinds.items():
+        hooks = getattr(module, name)
+        for key in [key for key, hook in hooks.items() if _owner(hook) is owner]:
+            for held in (name, *flags):
+                getattr(module, held).pop(key, None)
+
+
+def _owner(hook: Any) -> Any:
+    return getattr(getattr(hook, "func", hook), "__self__", None)
 
 
 def forget_fused_originals(transformer: nn.Module) -> None:

@@ -262,7 +262,7 @@ def go_round(attn):
 @pytest.mark.parametrize("after", [None, 1, 3])
 @NAMES
 def test_attention_that_is_not_seen(name, after):
-    """From the first step on, or in mid-run: steps are dense then, with one warning, not wrong."""
+    """Before a run, or in its midst: steps are dense then, with one warning, not wrong."""
     pipe, call = build(name)
     ras.enable(pipe, plan=PLAN)
     attn = pipe.transformer.transformer_blocks[1].attn
@@ -276,7 +276,8 @@ def test_attention_that_is_not_seen(name, after):
 
     outputs = []
     pipe.transformer.register_forward_hook(lambda *call: outputs.append(call[-1][0].shape))
-    with pytest.warns(ras.RASWarning, match="not where RAS looks") as warned:
+    told = "stands in for forward" if after is None else "not where RAS looks"
+    with pytest.warns(ras.RASWarning, match=told) as warned:
         call(len(PLAN), callback_on_step_end=later)
     assert len([w for w in warned if issubclass(w.category, ras.RASWarning)]) == 1
     assert len(set(outputs)) == 1

@@ -62,16 +62,16 @@ def pipeline(name, **parts):
 
 
 def calling(pipe, take=itemgetter(0), **inputs):
-    """Return the pipeline and what runs it, from the same noise each time."""
+    """Return the pipeline and what runs it, or another one, from the same noise each time."""
 
-    def call(steps, **more):
+    def call(steps, on=pipe, **more):
         torch.manual_seed(7)
         options = dict(
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(7),
             output_type="latent",
         )
-        return take(pipe(**{**options, **inputs, **more}))
+        return take(on(**{**options, **inputs, **more}))
 
     return pipe, call
 

@@ -1,0 +1,239 @@
+"""Pipelines that share a transformer, each with its own scheduler, in threads and in turns."""
+
+import copy
+import dataclasses
+import functools
+import threading
+import warnings
+
+import pytest
+import torch
+from support.pipelines import sd3_inputs
+from support.runs import loop
+from support.snapshot import Snapshot, check_undone
+from support.zoo import ENTRIES
+
+import ras
+from ras.api import families_of
+
+PLAN = (1, 1, 0.5, 0, 1, 0.25, 0.5, 0)
+STEPS = len(PLAN)
+NAMES = ["sd3", "flux", "qwen", "wan", "z-image"]  # guidance in one call, none, in two; lists
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::ras.RASWarning"),
+    pytest.mark.filterwarnings("ignore:a .* calls the transformer:ras.RASWarning"),
+    pytest.mark.usefixtures("no_gradients"),
+]
+
+
+def twins(name):
+    """A pipeline, another one of its parts with a scheduler of its own, and what runs either."""
+    pipe, call = ENTRIES[name].build()
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    assert other.transformer is pipe.transformer and other.scheduler is not pipe.scheduler
+    return pipe, other, functools.partial(call, STEPS)
+
+
+def in_threads(*jobs):
+    """Run all jobs at once, each in a thread: their results in order, or what they raise."""
+    results = [None] * len(jobs)
+
+    def work(at):
+        with torch.no_grad():
+            try:
+                results[at] = jobs[at]()
+            except BaseException as error:
+                results[at] = error
+
+    threads = [threading.Thread(target=work, args=(at,), daemon=True) for at in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    return results
+
+
+def taking_turns(*runs):
+    """Run all at once, each in a thread: a step of the one, then a step of the next."""
+    turns = [threading.Semaphore(int(at == 0)) for at in range(len(runs))]
+
+    def stepping(at):
+        following, steps = turns[(at + 1) % len(runs)], []
+
+        def hand_over(pipe, step, t, tensors):
+            steps.append(step)
+            following.release()
+            if len(steps) < STEPS:
+                assert turns[at].acquire(timeout=60)
+            return tensors
+
+        def job():
+            assert turns[at].acquire(timeout=60)
+            return runs[at](callback_on_step_end=hand_over)
+
+        return job
+
+    return in_threads(*map(stepping, range(len(runs))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_enabled_of_two(name):
+    """Step by step and all at once: the other one is dense to the bit, and neither is disturbed."""
+    pipe, other, draw = twins(name)
+    dense = draw(on=other)
+    ras.enable(pipe, plan=PLAN)
+    alone, stats = draw(on=pipe), ras.stats(pipe)
+    jobs = functools.partial(draw, on=pipe), functools.partial(draw, on=other)
+    for together in (taking_turns, in_threads):
+        ours, theirs = together(*jobs)
+        assert torch.equal(theirs, dense) and torch.equal(ours, alone)
+        again = ras.stats(pipe)
+        assert again.steps_sparse == stats.steps_sparse == 3 and again.steps_skipped == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_enabled(name):
+    """Each has its own settings, statistics and caches."""
+    pipe, other, draw = twins(name)
+    settings = {pipe: dict(plan=PLAN), other: dict(speedup=2.0)}
+    alone = {}
+    for which, each in settings.items():
+        with ras.enabled(which, **each):
+            alone[which] = draw(on=which)
+    for which, each in settings.items():
+        ras.enable(which, **each)
+    jobs = [functools.partial(draw, on=which) for which in settings]
+    for together in (taking_turns, in_threads):
+        for which, result in zip(settings, together(*jobs)):
+            assert torch.equal(result, alone[which])
+    assert ras.stats(pipe).steps_sparse == 3 and ras.stats(other).steps_sparse == 0
+    assert ras.stats(pipe).steps_skipped == 2 and ras.stats(other).steps_skipped == 4
+
+
+@pytest.mark.parametrize("enables", [True, False])
+def test_a_run_within_a_run(enables):
+    """In one thread: between two steps of the one, a run of the other."""
+    pipe, other, draw = twins("flux")
+    ras.enable(pipe, plan=PLAN)
+    alone, within = draw(on=pipe), []
+    if enables:
+        ras.enable(other, speedup=2)
+    expected = draw(on=other)
+
+    def run_other(pipe, step, t, tensors):
+        within.append(draw(on=other))
+        return tensors
+
+    assert torch.equal(draw(on=pipe, callback_on_step_end=run_other), alone)
+    assert len(within) == STEPS and all(torch.equal(each, expected) for each in within)
+
+
+def test_the_other_ones_runs_leave_their_word():
+    """A pipeline that is not enabled is dense, with one warning that says so."""
+    pipe, other, draw = twins("sd3")
+    ras.enable(pipe, plan=PLAN)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw(on=other), draw(on=other)
+    (warning,) = [each for each in caught if issubclass(each.category, ras.RASWarning)]
+    assert "StableDiffusion3Pipeline" in str(warning.message)
+    assert ras.stats(pipe).runs == 0 and "not enabled itself" in ras.stats(pipe).warnings[0]
+
+
+def test_on_and_off_one_by_one():
+    """Of either alone; of the transformer for both, and all is as it was."""
+    pipe, other, draw = twins("flux")
+    dense, before = draw(on=other), Snapshot(pipe)
+    ras.enable(pipe, plan=PLAN)
+    assert ras.is_enabled(pipe) and not ras.is_enabled(other)
+    with pytest.raises(ValueError, match="not enabled"):
+        ras.stats(other)
+    ras.enable(other, speedup=2)
+    ours = draw(on=pipe)
+    ras.disable(other)
+    assert ras.is_enabled(pipe) and not ras.is_enabled(other)
+    assert torch.equal(draw(on=other), dense) and torch.equal(draw(on=pipe), ours)
+    ras.disable(pipe)
+    check_undone(before, pipe)
+    ras.enable(other, plan=PLAN)
+    ras.enable(pipe, plan=PLAN)
+    ras.disable(pipe.transformer)
+    assert not ras.is_enabled(other)
+    check_undone(before, pipe)
+    assert torch.equal(draw(on=pipe), dense)
+
+
+def test_enabled_again_is_not_enabled_twice():
+    """By the pipeline, by another one of all its parts, or by hand with its scheduler."""
+    pipe, _, draw = twins("flux")
+    ras.enable(pipe, plan=PLAN)
+    expected = draw(on=pipe)
+    for model, more in (
+        (pipe, {}),
+        (copy.copy(pipe), {}),
+        (pipe.transformer, dict(scheduler=pipe.scheduler)),
+        (pipe, {}),
+    ):
+        ras.enable(model, plan=PLAN, **more)
+        assert torch.equal(draw(on=pipe), expected) and ras.stats(pipe).runs == 1
+    ras.disable(pipe)
+    assert not ras.is_enabled(pipe.transformer)
+
+
+def test_loops_by_hand_in_two_threads():
+    """The run under way is one thread's; another one's calls are dense until it is over."""
+    pipe, other, _ = twins("sd3")
+    inputs, transformer = sd3_inputs(pipe, 1), pipe.transformer
+    ours, theirs = pipe.scheduler, other.scheduler
+    dense = loop(transformer, theirs, inputs, STEPS)
+    ras.enable(transformer, plan=PLAN, scheduler=ours)
+    alone = loop(transformer, ours, inputs, STEPS)
+    turns = threading.Semaphore(1), threading.Semaphore(0)
+
+    def stepping(at, scheduler):
+        def step(noise, t, latents):
+            turns[1 - at].release()
+            assert at or turns[at].acquire(timeout=60)
+            return scheduler.step(noise, t, latents, return_dict=False)[0]
+
+        assert turns[at].acquire(timeout=60)
+        return loop(transformer, scheduler, inputs, STEPS, step=step)
+
+    jobs = functools.partial(stepping, 0, ours), functools.partial(stepping, 1, theirs)
+    first, second = in_threads(*jobs)
+    assert torch.equal(first, alone) and torch.equal(second, dense)
+
+
+class Stop(BaseException):
+    """As KeyboardInterrupt, of which threads other than the main one have none."""
+
+
+def test_a_call_that_is_interrupted_stands_in_nobodys_way():
+    pipe, other, draw = twins("flux")
+    ras.enable(pipe, plan=PLAN)
+    ras.enable(other, plan=PLAN)
+    expected = draw(on=pipe)
+
+    def stop(*_):
+        raise Stop
+
+    handle = pipe.transformer.norm_out.register_forward_pre_hook(stop)
+    (error,) = in_threads(functools.partial(draw, on=pipe))
+    assert isinstance(error, Stop)
+    handle.remove()
+    (result,) = in_threads(functools.partial(draw, on=other))
+    assert torch.equal(result, expected) and torch.equal(draw(on=pipe), expected)
+
+
+def test_one_record_for_all_who_share():
+    pipe, other, draw = twins("flux")
+    ((_, family),) = families_of(pipe)
+    ras.enable(pipe, plan=PLAN)
+    expected, before = draw(on=pipe), Snapshot(other)
+    with pytest.raises(ValueError, match=r"another record; call ras\.disable on the transformer"):
+        ras.enable(other, plan=PLAN, family=dataclasses.replace(family, note="mine"))
+    before.same_as(Snapshot(other), ignoring=("scheduler", "pipe"))
+    assert not ras.is_enabled(other) and torch.equal(draw(on=pipe), expected)
