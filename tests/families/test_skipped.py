@@ -143,7 +143,7 @@ def test_skip_layer_guidance_with_skipped_steps(partial):
     """Its branch reuses its own noise, and computes where it has none yet."""
     pipe = pipelines.sd3()
     calls = []
-    hook = pipe.transformer.transformer_blocks[0].register_forward_hook
+    hook = pipe.transformer.transformer_blocks[0].norm1.register_forward_hook
     with ras.enabled(pipe, plan=(1, 1, partial, 1, 0, 0, 1, 0)):
         hook(lambda *_: calls.append(0))
         result = run(
