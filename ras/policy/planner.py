@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection
 from dataclasses import replace
 
 from ..clock import Clock
@@ -198,20 +199,22 @@ def add_partial(
     `(1 - share)^2`: the tokens that it leaves out are those that change least.
     """
     left = (1 - share) ** 2
-
-    def error(dense: Sequence[int], step: int) -> float:
-        with_step = model.error(sorted([*dense, step]))
-        return (1 - left) * with_step + left * model.error(dense)
-
     dense = [step for step, value in enumerate(shares) if value == DENSE]
-    free = [step for step, value in enumerate(shares) if value == SKIP]
-    plans = [(error(dense, step), dense, step) for step in free]
     taken = {step for step, value in enumerate(shares) if SKIP < value < DENSE}
-    more = model.best(len(dense) + 1, {*pinned, *(d for d in dense if taken)})
-    for step in more:
-        if step and step not in pinned and not taken & set(more):
-            rest = [other for other in more if other != step]
-            plans.append((error(rest, step), rest, step))
+    added, now = model.adding(dense), model.error(dense)
+    free = [step for step, value in enumerate(shares) if value == SKIP]
+    plans = [((1 - left) * added[step] + left * now, dense, step) for step in free]
+    if taken:  # beside which the dense ones stay
+        added[dense] = math.inf
+        more = sorted([*dense, int(added.argmin())])
+    else:
+        more = list(model.best(len(dense) + 1, pinned))
+    if not taken & set(more):
+        all_dense, dropped = model.error(more), model.dropping(more)
+        for step, without in zip(more[1:], dropped):
+            if step not in pinned:
+                rest = [other for other in more if other != step]
+                plans.append(((1 - left) * all_dense + left * without, rest, step))
     _, dense, step = min(plans, key=lambda plan: plan[0])
     for other in range(len(shares)):
         if other not in taken:
