@@ -35,8 +35,8 @@ from ..clock import position
 from ..config import RASConfig
 from ..tokens import normal_empty
 
-PATIENCE = 3
-FIRST = 2.0**100  # above the score of any finite noise, and small enough for its multiples
+PATIENCE = 3  # plans for a speed-up never try it, and by their scores few regions wait as long
+FIRST = 2.0**100  # scores are below 2**41 for all noise that float16 holds; multiples stay finite
 
 
 class _Drift(NamedTuple):
