@@ -379,7 +379,7 @@ class Session:
         leader, tokens = run.leader, None if packed is None else packed[0]
         if packed is not None and first and leader is not None and not leader.skips:
             if run.selection is None:
-                run.selection = Selection(self.config, packed[1])
+                run.selection = Selection(self.config, packed[1], run.masked)
             run.selection.observe(packed[0], None if leader.rows is None else run.active, sigma)
         if run.step == step and not run.over:
             return  # a second-order step is not done before its second stage
@@ -395,7 +395,7 @@ class Session:
             and run.observed
             and 0 < run.count < run.planned.layout.tokens
         ):
-            run.active = run.selection.choose(tokens, run.count, run.sigma, run.masked)
+            run.active = run.selection.choose(tokens, run.count, run.sigma)
 
     def _tokens_of(self, run: Run, noise: Tensor) -> tuple[Tensor, int] | None:
         """The guided noise as a row for each token, `(S, N, C)`, and the pixels of a token.

@@ -60,7 +60,8 @@ def select_regions(
     starves, whatever the scores: with `M = max(c, N - 1 - c)`, no age exceeds
     `ceil(log(2 * M) / starvation_scale) + ceil((N - 1) / (num_active - 1))`: past the first term
     at most one region a step that is younger by that much can go before, and every other choice
-    takes an older region out of the way.
+    takes an older region out of the way. Without a `starvation_scale`, or by one region a step
+    (always that at `c`, perhaps), there is no bound.
 
     Args:
         scores: `(B, N)`, compared as float32.

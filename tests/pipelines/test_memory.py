@@ -178,7 +178,7 @@ def test_bytes_by_hand():
     guided = SAMPLES * REGIONS * noise * 4
     with ras.enabled(pipe, plan=PARTIAL):
         run(pipe, inputs)
-        drift = guided + 2 * SAMPLES * REGIONS * 4  # and a pace and a position for each region
+        drift = guided + 3 * SAMPLES * REGIONS * 4  # a pace, a position and a wait for each region
         positions = 2 * both * REGIONS * 4
         expected = 3 * 2 * (key + change) + 2 * kept + positions + drift
         assert ras.stats(pipe).cache_bytes == expected

@@ -129,7 +129,7 @@ def test_the_search_in_long_runs_is_nearly_exact(monkeypatch, steps, prediction)
                 assert len(found) == len(best) and {0, *pinned} <= set(found)
                 assert list(found) == sorted(set(found)) and found[-1] < steps
                 excess.append(model.error(found) / model.error(best))
-    assert np.median(excess) < 1.02 and 1 - 1e-6 < min(excess) and max(excess) < 1.3
+    assert np.median(excess) < 1.02 and min(excess) > 1 - 1e-6 and max(excess) < 1.3
 
 
 LONG = [dict(), dict(sample_ratio=0.1), dict(reuse_text=True), dict(error_reset_steps=(0.3, 0.6))]
@@ -137,7 +137,7 @@ LONG = [dict(), dict(sample_ratio=0.1), dict(reuse_text=True), dict(error_reset_
 
 @pytest.mark.parametrize("settings", LONG)
 @pytest.mark.parametrize("speedup", [1.05, 1.5, 2, 5, 100, 1000])
-@pytest.mark.parametrize("steps, most", [(50, 2e5), (100, 2e6), (150, 2e6), (1000, 4e6)])
+@pytest.mark.parametrize("steps, most", [(50, 4e5), (100, 3e6), (150, 3e6), (1000, 4e6)])
 def test_the_work_of_planning_is_bounded(monkeypatch, steps, most, speedup, settings):
     """In stretches whose errors are found, in calls that find some, and in exact searches."""
     counts, searches, stretches = [], [], ErrorModel.stretches
