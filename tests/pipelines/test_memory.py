@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import torch
 from support import pipelines
-from support.operands import DEVICE
+from support.operands import DEVICE, new_memory
 from support.pipelines import lumina_inputs, sd3_inputs
 from support.runs import Stop, run, stop_at
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,6 +202,23 @@ def test_bytes_are_of_the_last_run():
     with ras.enabled(pipe, speedup=1):
         run(pipe, inputs)
         assert ras.stats(pipe).cache_bytes == 0
+
+
+# --- what it holds --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, dict(metric="std"), dict(extrapolation=0.0, reuse_text=True)], ids=str
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_read_before_it_is_written(family, settings):
+    found = []
+    for poisoned in (False, True):
+        pipe, inputs = FAMILIES[family]()
+        with ras.enabled(pipe, plan=PARTIAL, **settings), new_memory(poisoned):
+            found.append(run(pipe, inputs))
+            assert ras.stats(pipe).steps_sparse == 3
+    assert found[0].isfinite().all() and torch.equal(*found)
 
 
 # --- freed before images are decoded --------------------------------------------------------------
