@@ -104,14 +104,20 @@ def _attend(
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < num_keys
+        seen = there
+        if MASKED:
+            seen = tl.load(mask + n.to(tl.int64) * mask_n, mask=there, other=0) != 0
         key1 = keys + n.to(tl.int64)[:, None] * key_n + d1[None, :]
         value1 = values + n.to(tl.int64)[:, None] * value_n + d1[None, :]
         if TAIL or SIZE1 > SIZE:
             inside = there[:, None] & (d1 < SIZE)[None, :]
             k1 = tl.load(key1, mask=inside, other=0.0)
-            v1 = tl.load(value1, mask=inside, other=0.0)
         else:
             k1 = tl.load(key1)
+        # A weight of 0 does not hide a value of NaN or infinity: those of masked keys are not read.
+        if MASKED or TAIL or SIZE1 > SIZE:
+            v1 = tl.load(value1, mask=seen[:, None] & (d1 < SIZE)[None, :], other=0.0)
+        else:
             v1 = tl.load(value1)
         scores = tl.dot(query1, tl.trans(k1), input_precision="ieee")
         if SIZE2 > 0:
@@ -119,17 +125,17 @@ def _attend(
             key2 = keys + n.to(tl.int64)[:, None] * key_n + (SIZE1 + d2)[None, :]
             value2 = values + n.to(tl.int64)[:, None] * value_n + (SIZE1 + d2)[None, :]
             inside = (SIZE1 + d2 < SIZE)[None, :]
+            inside_value = inside
             if TAIL:
                 inside = inside & there[:, None]
+            if MASKED or TAIL:
+                inside_value = inside_value & seen[:, None]
             k2 = tl.load(key2, mask=inside, other=0.0)
-            v2 = tl.load(value2, mask=inside, other=0.0)
+            v2 = tl.load(value2, mask=inside_value, other=0.0)
             scores = tl.dot(query2, tl.trans(k2), acc=scores, input_precision="ieee")
         scores *= scale
-        if MASKED:
-            seen = tl.load(mask + n.to(tl.int64) * mask_n, mask=there, other=0) != 0
+        if MASKED or TAIL:
             scores = tl.where(seen[None, :], scores, float("-inf"))
-        elif TAIL:
-            scores = tl.where(there[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # Where all keys so far are masked, -inf - -inf would be NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
