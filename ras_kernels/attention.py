@@ -27,7 +27,8 @@ def sparse_attention(
 ) -> Tensor:
     """Let a few queries attend over all cached rows: `softmax(scale * Q @ K.T) @ V` per head.
 
-    Scores and sums are in float32. A query without any key to attend to gets zeros.
+    Scores and sums are in float32. A query without any key to attend to gets zeros. Rows of keys
+    and values that do not count may hold anything, NaN and infinities included.
 
     Args:
         query: `(B, K, H, D)`.
@@ -114,7 +115,7 @@ def _attend(
             k1 = tl.load(key1, mask=inside, other=0.0)
         else:
             k1 = tl.load(key1)
-        # A weight of 0 does not hide a value of NaN or infinity: those of masked keys are not read.
+        # No weight of 0 hides a NaN or an infinity: the values of masked keys are not read.
         if MASKED or TAIL or SIZE1 > SIZE:
             v1 = tl.load(value1, mask=seen[:, None] & (d1 < SIZE)[None, :], other=0.0)
         else:
@@ -125,13 +126,9 @@ def _attend(
             key2 = keys + n.to(tl.int64)[:, None] * key_n + (SIZE1 + d2)[None, :]
             value2 = values + n.to(tl.int64)[:, None] * value_n + (SIZE1 + d2)[None, :]
             inside = (SIZE1 + d2 < SIZE)[None, :]
-            inside_value = inside
-            if TAIL:
-                inside = inside & there[:, None]
-            if MASKED or TAIL:
-                inside_value = inside_value & seen[:, None]
-            k2 = tl.load(key2, mask=inside, other=0.0)
-            v2 = tl.load(value2, mask=inside_value, other=0.0)
+            k2 = tl.load(key2, mask=there[:, None] & inside if TAIL else inside, other=0.0)
+            counts = seen[:, None] & inside if MASKED or TAIL else inside
+            v2 = tl.load(value2, mask=counts, other=0.0)
             scores = tl.dot(query2, tl.trans(k2), acc=scores, input_precision="ieee")
         scores *= scale
         if MASKED or TAIL:
