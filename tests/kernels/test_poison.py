@@ -15,7 +15,6 @@ from support.operands import (
     COMPUTED,
     DEVICE,
     LAYER_NORM,
-    LAYOUTS,
     calls,
     laid,
     new_memory,
@@ -76,9 +75,9 @@ def attention_cases(dtype):
     some[0], some[2, :64], some[3], some[4, :6] = True, False, False, True
     for size in (8, 72, 128):
         tensors = dict(
-            query=normal(5, 3, 4, size, dtype=dtype),
-            key=normal(5, 70, 2, size, seed=1, dtype=dtype),
-            value=normal(5, 70, 2, size, seed=2, dtype=dtype),
+            query=normal(5, 3, 2, size, dtype=dtype),
+            key=normal(5, 70, 1, size, seed=1, dtype=dtype),
+            value=normal(5, 70, 1, size, seed=2, dtype=dtype),
         )
         for name, seen, option in (
             ("lengths", keys < lengths[:, None], dict(key_lengths=lengths)),
@@ -230,11 +229,12 @@ def test_what_does_not_meet(name, dim):
         if tensor.shape[:2] != (3, 3) or not tensor.is_floating_point():
             continue
         if dim == 0 or (name, argument) not in MEET:
+            clean = result(argument, 0)
             for value in poisons(tensor):
-                torch.testing.assert_close(result(argument, value), result(argument, 0), **EXACT)
+                torch.testing.assert_close(result(argument, value), clean, **EXACT)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", ["part", "gaps"])
 @pytest.mark.parametrize("name", calls())
 def test_what_lies_between_strides(name, layout):
     def result(poison):
