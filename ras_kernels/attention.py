@@ -27,7 +27,8 @@ def sparse_attention(
 ) -> Tensor:
     """Let a few queries attend over all cached rows: `softmax(scale * Q @ K.T) @ V` per head.
 
-    Scores and sums are in float32. A query without any key to attend to gets zeros.
+    Scores and sums are in float32. A query without any key to attend to gets zeros. Rows of keys
+    and values that do not count may hold anything, NaN and infinities included.
 
     Args:
         query: `(B, K, H, D)`.
@@ -104,14 +105,20 @@ def _attend(
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = n < num_keys
+        seen = there
+        if MASKED:
+            seen = tl.load(mask + n.to(tl.int64) * mask_n, mask=there, other=0) != 0
         key1 = keys + n.to(tl.int64)[:, None] * key_n + d1[None, :]
         value1 = values + n.to(tl.int64)[:, None] * value_n + d1[None, :]
         if TAIL or SIZE1 > SIZE:
             inside = there[:, None] & (d1 < SIZE)[None, :]
             k1 = tl.load(key1, mask=inside, other=0.0)
-            v1 = tl.load(value1, mask=inside, other=0.0)
         else:
             k1 = tl.load(key1)
+        # No weight of 0 hides a NaN or an infinity: the values of masked keys are not read.
+        if MASKED or TAIL or SIZE1 > SIZE:
+            v1 = tl.load(value1, mask=seen[:, None] & (d1 < SIZE)[None, :], other=0.0)
+        else:
             v1 = tl.load(value1)
         scores = tl.dot(query1, tl.trans(k1), input_precision="ieee")
         if SIZE2 > 0:
@@ -119,17 +126,13 @@ def _attend(
             key2 = keys + n.to(tl.int64)[:, None] * key_n + (SIZE1 + d2)[None, :]
             value2 = values + n.to(tl.int64)[:, None] * value_n + (SIZE1 + d2)[None, :]
             inside = (SIZE1 + d2 < SIZE)[None, :]
-            if TAIL:
-                inside = inside & there[:, None]
-            k2 = tl.load(key2, mask=inside, other=0.0)
-            v2 = tl.load(value2, mask=inside, other=0.0)
+            k2 = tl.load(key2, mask=there[:, None] & inside if TAIL else inside, other=0.0)
+            counts = seen[:, None] & inside if MASKED or TAIL else inside
+            v2 = tl.load(value2, mask=counts, other=0.0)
             scores = tl.dot(query2, tl.trans(k2), acc=scores, input_precision="ieee")
         scores *= scale
-        if MASKED:
-            seen = tl.load(mask + n.to(tl.int64) * mask_n, mask=there, other=0) != 0
+        if MASKED or TAIL:
             scores = tl.where(seen[None, :], scores, float("-inf"))
-        elif TAIL:
-            scores = tl.where(there[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # Where all keys so far are masked, -inf - -inf would be NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top

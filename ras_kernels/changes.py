@@ -50,7 +50,8 @@ def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
     Args:
         tokens: `(B, S, ...)`; those beyond the first N stay as they are.
         changes: `(B, N, ...)`, the dtype of `tokens`.
-        gain: `(B, N)` float32, the share of each; 0 for those that stay as they are.
+        gain: `(B, N)` float32, the share of each; 0 for those that stay as they are, even if their
+            change is infinite or NaN.
 
     Returns:
         `(B, S, ...)`, contiguous, the dtype of `tokens`.
@@ -140,11 +141,11 @@ def _carry_kernel(
 ):
     b, r, n, c, within = place(columns, VECTOR, BLOCK_K, BLOCK_C)
     both = (n < num_rows)[:, None] & within
-    some = (n < carried)[:, None] & within
     here = elements(tokens, b, r, n, c, tokens_b, tokens_n, tokens_r, VECTOR)
     beside = elements(changes, b, r, n, c, changes_b, changes_n, changes_r, VECTOR)
     there = elements(output, b, r, n, c, output_b, output_n, output_r, VECTOR)
     share = tl.load(gain + b * gain_b + n.to(tl.int64) * gain_n, mask=n < carried, other=0.0)
+    some = (share != 0)[:, None] & within  # 0 times a change of infinity would be NaN
     value = tl.load(here, mask=both).to(tl.float32)
     change = share[:, None] * tl.load(beside, mask=some, other=0.0).to(tl.float32)
     tl.store(there, value + change, mask=both)

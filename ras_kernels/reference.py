@@ -42,7 +42,9 @@ def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
     else:
         wide, dtype = wide.double(), tokens.dtype
     output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
-    output[:, :carried] = torch.addcmul(tokens[:, :carried], changes, wide)
+    output[:, :carried] = torch.where(
+        wide == 0, tokens[:, :carried], torch.addcmul(tokens[:, :carried], changes, wide)
+    )
     output[:, carried:] = tokens[:, carried:]
     return output
 
@@ -60,6 +62,8 @@ def sparse_attention(
     heads, groups = key.shape[2], query.shape[2] // key.shape[2]
     if key_lengths is not None:
         key_mask = torch.arange(key.shape[1], device=key.device) < key_lengths[:, None]
+    if key_mask is not None:  # a score of NaN stays one, and 0 times NaN is NaN
+        key, value = (rows.masked_fill(~key_mask[:, :, None, None], 0) for rows in (key, value))
     output = F.scaled_dot_product_attention(
         rearrange(query, "b k (h g) d -> b h (g k) d", h=heads),
         key.transpose(1, 2),

@@ -70,6 +70,7 @@ SPILLS = (
     Spill("_attention_kernel", "sm_80", (88, 96), 8, BEFORE),
     Spill("_attention_kernel", "sm_90", (64,), 24, BEFORE, "odd strides"),
     Spill("_attention_kernel", "sm_100", (40, 72, 80, 88, 96), 16, TWO_BLOCKS),
+    Spill("_attention_kernel", "sm_100", (256,), 16, TWO_BLOCKS, "mask"),
     Spill("_attention_kernel", "gfx942", (88, 96), 16, BEFORE, "mask"),
     Spill("_norm_rotary_kernel", "sm_90", (72, 96, 128), 8, ONCE),
     Spill("_norm_rotary_kernel", "sm_100", (72,), 8, ONCE),

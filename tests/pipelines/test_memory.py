@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import torch
 from support import pipelines
-from support.operands import DEVICE
+from support.operands import DEVICE, new_memory
 from support.pipelines import lumina_inputs, sd3_inputs
 from support.runs import Stop, run, stop_at
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,7 @@ pytestmark = [
 
 PARTIAL = (1, 1, 0.5, 0, 1, 0.25, 0, 0.5)  # dense, partial and skipped steps
 ENDS_DENSE = (1, 1, 0.5, 0, 0.25, 0, 1, 1)
+EARLY = (1, 0.5, 0.5, 1, 0.5, 1, 0, 1)  # before there is any change
 WHOLE = (1, 1, 0, 1, 0, 0, 1, 1)
 SAMPLES, REGIONS = 2, 64
 GUIDANCE_OF_LAYERS = dict(
@@ -204,6 +205,23 @@ def test_bytes_are_of_the_last_run():
         assert ras.stats(pipe).cache_bytes == 0
 
 
+# --- what it holds --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, dict(metric="std"), dict(extrapolation=0.0, reuse_text=True)], ids=str
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_read_before_it_is_written(family, settings):
+    found = []
+    for poisoned in (False, True):
+        pipe, inputs = FAMILIES[family]()
+        with ras.enabled(pipe, plan=EARLY, **settings), new_memory(poisoned):
+            found.append(run(pipe, inputs))
+            assert ras.stats(pipe).steps_sparse == 3
+    assert found[0].isfinite().all() and torch.equal(*found)
+
+
 # --- freed before images are decoded --------------------------------------------------------------
 
 
@@ -302,7 +320,7 @@ def test_kept_caches_stay_where_they_are(family, plan):
 def test_kept_caches_forget_a_run_that_went_wrong():
     """Nothing times 0 is nothing, unless it is no number."""
     pipe, inputs = sd3()
-    with ras.enabled(pipe, plan=(1, 0.5, 0.5, 1, 0.5, 1, 0, 1), keep_caches=True):
+    with ras.enabled(pipe, plan=EARLY, keep_caches=True):
         expected = run(pipe, inputs)
         run(pipe, {**inputs, "latents": torch.full_like(inputs["latents"], math.nan)})
         assert torch.equal(run(pipe, inputs), expected)

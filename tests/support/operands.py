@@ -64,16 +64,16 @@ READ = [*LAYOUTS, "expanded"]
 layouts, read = st.sampled_from(LAYOUTS), st.sampled_from(READ)
 
 
-def laid(tensor, how):
+def laid(tensor, how, poison=math.nan):
     """The same values in a storage that is poisoned wherever they do not lie.
 
     `offset` is contiguous, but starts at an odd place; `rows` and `part` lie within a larger
     tensor, the first so that rows stay as aligned as they were; `gaps` takes every second column;
     `expanded` repeats the first sample.
     """
-    poison = math.nan if tensor.is_floating_point() or tensor.is_complex() else 77
+    poison = poison if tensor.is_floating_point() or tensor.is_complex() else 77
     if how == "expanded":
-        return laid(tensor[:1], "part").expand_as(tensor)
+        return laid(tensor[:1], "part", poison).expand_as(tensor)
     if how == "offset":
         whole = tensor.new_full([tensor.numel() + 2], poison)
         return whole[1:-1].view(tensor.shape).copy_(tensor)
@@ -130,6 +130,20 @@ def indices(draw, batch, tokens):
     order = torch.rand(draw(st.sampled_from([batch, 1])), tokens, generator=generator).argsort(1)
     dtype = draw(st.sampled_from([torch.int32, torch.int64]))
     return laid(order[:, :count].to(DEVICE, dtype), draw(read))
+
+
+@contextlib.contextmanager
+def new_memory(poisoned):
+    """Filled with NaN and the largest integers by PyTorch when it is allocated, or as it comes."""
+    deterministic = torch.utils.deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = poisoned
+    try:
+        assert not poisoned or torch.empty(3, device=DEVICE).isnan().all()
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = True  # its default
+        torch.use_deterministic_algorithms(False)
 
 
 # --- tolerance ------------------------------------------------------------------------------------
