@@ -19,6 +19,7 @@ from .clock import Clock, read_clock
 from .config import RASConfig, check_count
 from .families import family_of
 from .family import Family
+from .fingerprint import differences, of_model
 from .layout import Layout
 from .masks import as_mask
 from .mount import Mount, cache_numbers
@@ -69,9 +70,9 @@ def enable(
     Raises:
         TypeError: An option that does not exist, or a value of the wrong type.
         ValueError: A value out of its range, a mask with nothing under it, a bare transformer
-            without its scheduler, a pipeline that is not supported, another cache on the
-            transformer, or a setting that asks for partial steps where there can be none. Nothing
-            has been changed then.
+            without its scheduler, a pipeline that is not supported, a plan that was made for
+            another model or scheduler, another cache on the transformer, or a setting that asks
+            for partial steps where there can be none. Nothing has been changed then.
     """
     config = _configured(config, overrides)
     pipe = model if isinstance(model, PIPELINES) else None
@@ -87,6 +88,7 @@ def enable(
             "scheduler= to bare transformers"
         )
     mask = mask if mask is None or mask is False else as_mask(mask)
+    _check_plan(config, model, getattr(pipe, "scheduler", scheduler))
     replaced = _sessions_of(model)
     if pipe is None:
         replaced = [each for each in replaced if each.steps_by_hand(scheduler)]
@@ -299,6 +301,29 @@ def _clock(scheduler: Any, steps: int) -> Clock:
 def session_of(model: object) -> Session | None:
     """The session of an enabled pipeline, or the last one of a transformer."""
     return next(reversed(_sessions_of(model)), None)
+
+
+def _check_plan(config: RASConfig, model: object, scheduler: Any) -> None:
+    """Raise ValueError if the plan was made for another model or scheduler."""
+    if config.plan is None or not config.plan.made_for:
+        return
+    here = of_model(transformers_of(model), scheduler)
+    told = differences(dict(config.plan.made_for), here, shared=True)
+    if told:
+        raise ValueError(
+            f"the plan was made for another model ({'; '.join(told)}); calibrate one for this, or "
+            "take made_for out of it"
+        )
+
+
+def transformers_of(model: object) -> dict[str, nn.Module]:
+    """The denoisers by their names in the pipeline; a bare one is called transformer."""
+    found = _transformers(model)
+    if not isinstance(model, PIPELINES):
+        return {"transformer": found[0]}
+    pipe: Any = model
+    parts = {role: getattr(part, "_orig_mod", part) for role, part in pipe.components.items()}
+    return {role: part for role, part in parts.items() if any(part is each for each in found)}
 
 
 def _sessions_of(model: object) -> list[Session]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import read_json, write_text
+from .fingerprint import differences, of_run, plain
 from .layout import Layout
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Plan:
             is reused in that step, as `RASConfig.extrapolation` counts it. None leaves it to
             that.
         note: Where the plan comes from, for people.
+        made_for: What it is a plan for, by names and values as in `ras/fingerprint.py`, given as a
+            dictionary; a plan of your own has nothing there, and is one for all.
 
     Raises:
         ValueError, TypeError: Shares or factors out of range, or not one per step.
@@ -40,6 +43,7 @@ class Plan:
     shares: tuple[float, ...]
     extrapolation: tuple[float, ...] | None = None
     note: str = ""
+    made_for: Any = ()
 
     def __post_init__(self) -> None:
         shares = _numbers("shares", self.shares, 0, 1)
@@ -56,6 +60,14 @@ class Plan:
             object.__setattr__(self, "extrapolation", factors)
         if not isinstance(self.note, str):
             raise TypeError(f"note must be text, got {self.note!r}")
+        made_for = self.made_for
+        if isinstance(made_for, Mapping):  # pairs have been through here
+            made_for = plain(made_for)
+        if not isinstance(made_for, tuple) or not all(
+            isinstance(pair, tuple) and len(pair) == 2 for pair in made_for
+        ):
+            raise TypeError(f"made_for must be names and values, got {self.made_for!r}")
+        object.__setattr__(self, "made_for", made_for)
 
     def counts(self, num_tokens: int) -> tuple[int, ...]:
         """The number of image tokens that each step computes, out of `num_tokens`."""
@@ -85,29 +97,44 @@ class Plan:
         computed = sum(counts) + with_text * text_tokens + dense * reference_tokens
         return len(counts) * (num_tokens + text_tokens + reference_tokens) / computed
 
+    def unfit(
+        self, steps: int, grid: tuple[int, ...] = (), guidance_scale: Any = None
+    ) -> str | None:
+        """Why a run is not what the plan was made for, or None; of its model see `ras.enable`."""
+        if len(self.shares) != steps:
+            return f"the plan is one of {len(self.shares)} steps and the run has {steps}"
+        told = differences(dict(self.made_for), of_run(grid, guidance_scale), shared=True)
+        return f"the plan was made for another run ({'; '.join(told)})" if told else None
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as a small JSON file that people can read and edit."""
+        """Write the plan as a small JSON file that people can read and edit, or nothing at all."""
         rows = [_text(share) for share in self.shares]
         lines = [f'  "ras_plan": {FORMAT}', f'  "note": {json.dumps(self.note)}']
         lines.append(f'  "shares": [{", ".join(rows)}]')
         if self.extrapolation is not None:
             factors = ", ".join(_text(factor) for factor in self.extrapolation)
             lines.append(f'  "extrapolation": [{factors}]')
-        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        if self.made_for:
+            pairs = (
+                f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in self.made_for
+            )
+            lines.append('  "made_for": {\n' + ",\n".join(pairs) + "\n  }")
+        write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
         """Read what `save` wrote. Raises ValueError if the file is no plan."""
         try:
-            found = json.loads(Path(path).read_text())
+            found = read_json(path)
         except ValueError as error:
-            raise ValueError(f"{path} is no plan: it is not JSON ({error})") from None
+            raise ValueError(f"{path} is no plan: {error}") from None
         if not isinstance(found, dict) or found.get("ras_plan") != FORMAT:
             raise ValueError(f'{path} is no plan: it does not say "ras_plan": {FORMAT}')
-        unknown = found.keys() - {"ras_plan", "note", "shares", "extrapolation"}
+        unknown = found.keys() - {"ras_plan", "note", "shares", "extrapolation", "made_for"}
         if unknown or "shares" not in found:
             raise ValueError(
-                f"{path} is no plan: it must have shares, and may have extrapolation and note; "
+                f"{path} is no plan: it must have shares, and may have extrapolation, note and "
+                f"made_for; "
                 f"got {', '.join(sorted(found.keys() - {'ras_plan'})) or 'nothing'}"
             )
         del found["ras_plan"]
@@ -220,9 +247,10 @@ def _text(number: float) -> str:
 def _numbers(name: str, values: Any, low: float, high: float) -> tuple[float, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a list of numbers, one per step; got {values!r}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be numbers, got {value!r}")
-        if not low <= float(value) <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
+    number: Any
+    for number in values:
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{name} must be numbers, got {number!r}")
+        if not low <= number <= high:  # before it is a float, which has an end
+            raise ValueError(f"{name} must be from {low} to {high}, got {number!r}")
     return tuple(float(value) for value in values)

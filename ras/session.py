@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -239,7 +240,10 @@ class Session:
             run.obstacle = next(changes, None)
 
     def _plan(self, clock: Clock, layout: Layout, masked: Tensor | None) -> RunPlan:
-        return plan_run(self.config, clock, layout, None if masked is None else masked.shape[1])
+        guidance = getattr(self.pipeline, "guidance_scale", None)
+        guidance = float(guidance) if isinstance(guidance, Real) else None
+        count = None if masked is None else masked.shape[1]
+        return plan_run(self.config, clock, layout, count, guidance)
 
     def masked(self, layout: Layout) -> Tensor | None:
         """The regions under the mask, `(S, k)`, or None without one."""

@@ -31,6 +31,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ import ras
 from ras.cli.generate import clock
 from ras.cli.info import version
 from ras.cli.loading import DTYPES
+from ras.fingerprint import differences, plain
 
 from ..model import sd3
 from ..speed import timing
@@ -62,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = sd3.load(options.model).to(options.device)
     if options.dtype != "float32":
         pipe.to(DTYPES[options.dtype])
-    ruler = Ruler(pipe, options)
+    try:
+        ruler = Ruler(pipe, options)
+    except ValueError as error:
+        print(f"benchmarks.quality.pareto: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     ruler.measure()
     print(report.write(ruler.results, options.out))
 
@@ -151,13 +157,14 @@ class Ruler:
         }
 
     def take_up(self) -> None:
-        """Go on with the results in the folder, if they are of the same run."""
+        """Go on with the results in the folder. Raises ValueError if they are of another run."""
         path = self.options.out / "results.json"
         if not path.exists():
             return
         found = json.loads(path.read_text())
-        if identity(found) != identity(self.results):
-            return
+        told = differences(identity(found), identity(self.results))
+        if told:
+            raise ValueError(f"{path} is of another run ({'; '.join(told)}); name another --out")
         images = len(found["rows"][0]["ssim"])
         if self.classifier and images:
             path = path.with_name("features.safetensors")
@@ -305,11 +312,13 @@ def rounded(values: Tensor) -> list[float]:
     return [round(value, 5) for value in values.tolist()]
 
 
-def identity(results: dict[str, Any]) -> Any:
-    """What has to be the same for a run to go on with the results."""
-    names = ("options", "machine", "weights", "prompts")
+def identity(results: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for a run to go on with the results, by name."""
+    found = {name: plain(results[name]) for name in ("weights", "prompts")}
+    for part in ("options", "machine"):
+        found |= {f"{part}.{name}": plain(value) for name, value in results[part].items()}
     rows = [(row["method"], row["label"], row["steps"]) for row in results["rows"]]
-    return [results[name] for name in names], rows
+    return found | {"rows": plain(rows)}
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..api import enabled, is_enabled, session_of
+from ..api import enabled, is_enabled, session_of, transformers_of
 from ..clock import Clock, carried, position
 from ..config import DEFAULT_SPEEDUP, RASConfig, check_count
+from ..files import read_json, write_text
+from ..fingerprint import differences, of_call, of_model, of_run, of_weights, plain
 from ..layout import Layout
 from ..plan import DENSE, SKIP, Plan
 from ..run import Run
@@ -64,17 +66,18 @@ def calibrate(
         shares: Sizes of partial steps to try, in (0, 1); () tries whole steps alone.
         batch_size: Prompts per call of the pipeline.
         seed: Prompt i is drawn from noise of the seed `seed + i`.
-        checkpoint: A file to keep what has been measured in, from which a calibration with the
-            same arguments goes on after an interruption.
+        checkpoint: A file to keep what has been measured in, from which a calibration of the same
+            weights, scheduler and arguments goes on after an interruption.
         **call: Other arguments of the pipeline's call, such as `guidance_scale`.
 
     Returns:
-        The plan, for `ras.enable(pipe, plan=…)`; `save` keeps it.
+        The plan, for `ras.enable(pipe, plan=…)` of this model and scheduler; `save` keeps it.
 
     Raises:
         TypeError: An argument of a wrong type.
         ValueError: A number out of its range, no prompts, an enabled pipeline, one that RAS does
-            not support or that returns no latents, or a checkpoint of another calibration.
+            not support or that returns no latents, or a checkpoint of another calibration, which
+            says in what it differs.
     """
     if not callable(pipe) or isinstance(pipe, nn.Module):
         raise TypeError(f"calibrate takes a pipeline, got {type(pipe).__name__}")
@@ -96,8 +99,14 @@ def calibrate(
     if is_enabled(pipe):
         raise ValueError("calibrate needs the pipeline as it is; call ras.disable(pipe) first")
     runs = _Runs(pipe, prompts, num_inference_steps, batch_size, seed, call)
-    key = [prompts, speedup, num_inference_steps, list(shares), seed, str(config), str(call), 2]
-    log = _Log(None if checkpoint is None else Path(checkpoint), json.dumps(key))
+    transformers = transformers_of(pipe)
+    model: Any = pipe
+    model_here = of_model(transformers, model.scheduler)
+    key = {"prompts": prompts, "speedup": speedup, "num_inference_steps": num_inference_steps}
+    key |= {"shares": shares, "batch_size": batch_size, "seed": seed, **of_call(call)}
+    key |= {f"config.{name}": value for name, value in vars(config).items()}
+    key |= {"pipeline": type(pipe).__name__, **model_here, **of_weights(transformers)}
+    log = _Log(None if checkpoint is None else Path(checkpoint), key)
     bar = diffusers_logging.tqdm(total=len(runs) * (4 + ROUNDS * TRIED), desc="calibrating")
 
     measured = log.kept("noise", lambda: runs.dense(bar.update))
@@ -141,6 +150,7 @@ def calibrate(
         plan,
         note=f"{speedup:g}x in {num_inference_steps} steps, calibrated on {len(prompts)} prompts; "
         f"relative error of the final latents {math.sqrt(error):.4f}",
+        made_for={**model_here, **of_run(layout.grid, measured["guidance"])},
     )
 
 
@@ -289,6 +299,7 @@ class _Runs:
             "grid": layout.grid,
             "text": layout.text,
             "kernel": kernel.tolist(),
+            "guidance": getattr(self._pipe, "guidance_scale", None),
         }
 
     def _see(self, noise: Tensor) -> None:
@@ -314,21 +325,27 @@ class _Runs:
 class _Log:
     """What has been measured, by name, kept in a file if there is one."""
 
-    def __init__(self, path: Path | None, key: str) -> None:
-        self._path, self._found = path, {"calibration": key}
-        if path is not None and path.exists():
-            try:
-                self._found = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path} is no checkpoint: {error}") from None
-            if not isinstance(self._found, dict) or self._found.get("calibration") != key:
-                raise ValueError(f"{path} is of another calibration; name another checkpoint")
+    def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
+        self._path, self._found = path, {"calibration": dict(plain(key))}
+        if path is None or not path.exists():
+            return
+        try:
+            found = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is no checkpoint: {error}") from None
+        there = found.get("calibration") if isinstance(found, dict) else None
+        if not isinstance(there, dict):
+            raise ValueError(f"{path} is no checkpoint of a calibration; name another one")
+        told = differences(dict(plain(there)), self._found["calibration"])
+        if told:
+            raise ValueError(
+                f"{path} is of another calibration ({'; '.join(told)}); name another checkpoint"
+            )
+        self._found = found
 
     def kept(self, name: str, measure: Callable[[], Any]) -> Any:
         if name not in self._found:
             self._found[name] = measure()
             if self._path is not None:
-                part = self._path.with_suffix(".part")
-                part.write_text(json.dumps(self._found))
-                part.replace(self._path)
+                write_text(self._path, json.dumps(self._found))
         return self._found[name]

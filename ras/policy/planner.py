@@ -21,7 +21,11 @@ PARTIALS = 2  # for each dense step, under a mask
 
 @functools.lru_cache(maxsize=64)  # a plan takes longer than it should before each of many runs
 def plan_run(
-    config: RASConfig, clock: Clock, layout: Layout, masked_tokens: int | None = None
+    config: RASConfig,
+    clock: Clock,
+    layout: Layout,
+    masked_tokens: int | None = None,
+    guidance_scale: float | None = None,
 ) -> RunPlan:
     """Plan a run by the settings.
 
@@ -30,12 +34,14 @@ def plan_run(
         clock: The noise level of each step.
         layout: The tokens of one sample. Where their grid is not known, steps are whole.
         masked_tokens: How many tokens a partial step computes where a mask says which.
+        guidance_scale: The run's, where it is known.
     """
     steps, given = clock.steps, config.plan
+    unfit = None if given is None else given.unfit(steps, layout.grid, guidance_scale)
     if not layout.grid:
         masked_tokens = None
     complaints = []
-    if given is not None and len(given.shares) == steps:
+    if given is not None and unfit is None:
         plan = _with_mask(given, config, masked_tokens, layout)
     elif given is None and config.speedup is None and config.sample_ratio is not None:
         plan, complaint = paper_plan(config, steps, layout.tokens)
@@ -45,10 +51,7 @@ def plan_run(
         speedup = DEFAULT_SPEEDUP if config.speedup is None else config.speedup
         if given is not None:
             speedup = speedup_of(given, layout, config)
-            complaints.append(
-                f"the plan is one of {len(given.shares)} steps and the run has {steps}, so that "
-                f"another is made for its speed-up of {speedup:.2f}"
-            )
+            complaints.append(f"{unfit}, so that another is made for its speed-up of {speedup:.2f}")
         plan = _of_least_error(config, speedup, clock, layout, masked_tokens)
         reached = speedup_of(plan, layout, config)
         if abs(reached / speedup - 1) > TOLERANCE:

@@ -1,0 +1,44 @@
+"""Small files of what was measured: read with care, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+LARGEST = 10_000_000  # bytes
+
+
+def read_json(path: str | PathLike[str]) -> Any:
+    """What is in a JSON file.
+
+    Raises:
+        ValueError: It is no JSON, no text, too deep, or larger than 10 MB.
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"it is larger than {LARGEST:,} bytes")
+    try:
+        return json.loads(content)
+    except UnicodeDecodeError:
+        raise ValueError("it is no text") from None
+    except RecursionError:
+        raise ValueError("it is too deep") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+
+
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write a file that nobody ever sees half of. Raises OSError if it cannot be written."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,114 @@
+"""What a measurement or a plan was made for, and in what two of these differ.
+
+All is told by flat dictionaries of names and values, as they stand in the files: `transformer.…`
+and `scheduler.…` are their classes and configurations, `weights.…` digests, `run.…` what only a
+run knows, `call.…` the arguments of a pipeline's call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+SAMPLED = 16  # numbers of each weight
+LEFT_OUT = {"quantization_config"}  # of configurations, beside what begins with an underscore
+
+
+def of_model(transformers: Mapping[str, nn.Module], scheduler: Any) -> dict[str, Any]:
+    """Classes and configurations."""
+    found: dict[str, Any] = {}
+    for role, part in {**transformers, "scheduler": scheduler}.items():
+        found[f"{role}.class"] = type(part).__name__
+        for name, value in dict(part.config).items():
+            if not name.startswith("_") and name not in LEFT_OUT:
+                found[f"{role}.{name}"] = plain(value)
+    return found
+
+
+def of_weights(transformers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """A digest of each one's weights: names, shapes, types, and 16 numbers, evenly, of each.
+
+    One read of the device for each weight. Weights that are not there (on the meta device, as
+    sequential offloading leaves them) count by their shapes alone.
+    """
+    return {f"weights.{role}": _digest_of(part) for role, part in transformers.items()}
+
+
+def of_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by value: numbers and texts as they are, tensors, arrays and images by digest."""
+    return {f"call.{name}": plain(value) for name, value in call.items()}
+
+
+def of_run(grid: tuple[int, ...], guidance_scale: Any) -> dict[str, Any]:
+    """The grid of a run's tokens and its guidance, where they are known."""
+    found: dict[str, Any] = {} if not grid else {"run.grid": grid}
+    if isinstance(guidance_scale, Real):
+        found["run.guidance_scale"] = float(guidance_scale)
+    return found
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], *, shared: bool = False
+) -> list[str]:
+    """What differs, by name; `shared` compares the names that both have alone.
+
+    Configurations gain names with the versions of diffusers, and not all is known everywhere.
+    """
+    names = [name for name in there if name in here or not shared]
+    names += [name for name in here if name not in there and not shared]
+    unlike = [name for name in names if there.get(name, "nothing") != here.get(name, "nothing")]
+    others = tuple(name.removesuffix("class") for name in unlike if name.endswith(".class"))
+    return [
+        f"{name}: {_shown(name, there)} there, {_shown(name, here)} here"
+        for name in unlike
+        # The settings of another class are other ones, too.
+        if name.endswith(".class") or not name.startswith(others)
+    ]
+
+
+def _shown(name: str, values: Mapping[str, Any]) -> str:
+    return repr(values[name]) if name in values else "nothing"
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it, hashable: lists are tuples, large things digests."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(plain(each) for each in value)
+    if isinstance(value, Mapping):
+        return tuple((str(name), plain(each)) for name, each in value.items())
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)} {_digest(_bytes(value))}"
+    if isinstance(value, torch.Generator):
+        return f"generator {_digest(_bytes(value.get_state()))}"
+    if isinstance(value, np.ndarray) or hasattr(value, "tobytes"):
+        return f"{type(value).__name__} {_digest(value.tobytes())}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _digest_of(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.numel() and not weight.is_meta:
+            flat = weight.detach().reshape(-1)
+            last, count = flat.numel() - 1, min(SAMPLED, flat.numel())
+            places = [i * last // max(count - 1, 1) for i in range(count)]
+            digest.update(_bytes(flat[torch.tensor(places, device=flat.device)]))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return json.dumps(tensor.detach().cpu().double().flatten().tolist()).encode()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
