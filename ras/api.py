@@ -15,8 +15,9 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 
 from .callers import PIPELINES
+from .checks import MOST_STEPS, check_count, shown
 from .clock import Clock, read_clock
-from .config import RASConfig, check_count
+from .config import RASConfig
 from .families import family_of
 from .family import Family
 from .fingerprint import differences, of_model
@@ -80,7 +81,7 @@ def enable(
         name = type(_transformers(model)[0]).__name__
         raise ValueError(
             f"a bare {name} needs the scheduler that its noise is handed to: "
-            f"enable(transformer, scheduler=...); got {scheduler!r}"
+            f"enable(transformer, scheduler=...); got {shown(scheduler)}"
         )
     if pipe is not None and scheduler is not None:
         raise ValueError(
@@ -230,7 +231,7 @@ def plan(
             scheduler takes no number of steps alone.
     """
     transformer: Any = None
-    check_count("num_inference_steps", num_inference_steps)
+    check_count("num_inference_steps", num_inference_steps, most=MOST_STEPS)
     for name, size in (("height", height), ("width", width)):
         if size is not None:
             check_count(name, size)
@@ -243,7 +244,9 @@ def plan(
         scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
         layout = Layout((64, 64), 333)
     elif not isinstance(model, PIPELINES):
-        raise TypeError(f"plan takes a pipeline or a RASConfig, got {type(model).__name__}")
+        raise TypeError(
+            f"plan takes a pipeline or a RASConfig as its model, got {type(model).__name__}"
+        )
     else:
         pipe: Any = model
         transformer = _transformers(pipe)[0]
@@ -355,7 +358,7 @@ def _mount(transformer: nn.Module, family: Family, replaced: list[Session]) -> M
 
 def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfig:
     if config is not None and not isinstance(config, RASConfig):
-        raise TypeError(f"config must be a RASConfig, got {config!r}")
+        raise TypeError(f"config must be a RASConfig, got {shown(config)}")
     names = [field.name for field in dataclasses.fields(RASConfig)]
     for name in overrides:
         if name not in names:
@@ -378,7 +381,7 @@ def families_of(model: object, family: Family | None = None) -> list[tuple[nn.Mo
     transformers = _transformers(model)
     if family is not None:
         if not isinstance(family, Family):
-            raise TypeError(f"family must be a ras.Family, got {family!r}")
+            raise TypeError(f"family must be a ras.Family, got {shown(family)}")
         fit = [each for each in transformers if family_of(each, family) is family]
         if not fit:
             names = ", ".join(sorted({type(each).__name__ for each in transformers}))

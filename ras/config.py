@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from ras_kernels import METRICS
 
+from .checks import check_count, check_number, check_whole, shown
 from .plan import Plan, as_plan
 
 DEFAULT_SPEEDUP = 2.0
@@ -91,9 +92,11 @@ class RASConfig:
 
     def __post_init__(self) -> None:
         if self.speedup is not None:
-            _number("speedup", self.speedup)
+            check_number("speedup", self.speedup)
             if not 1 <= self.speedup < math.inf:
-                raise ValueError(f"speedup must be at least 1, got {self.speedup!r}; 1 is dense")
+                raise ValueError(
+                    f"speedup must be at least 1, got {shown(self.speedup)}; 1 is dense"
+                )
         if self.plan is not None:
             if self.speedup is not None or self.sample_ratio is not None:
                 raise ValueError(
@@ -101,46 +104,49 @@ class RASConfig:
                 )
             object.__setattr__(self, "plan", as_plan(self.plan))
         if self.sample_ratio is not None:
-            _number("sample_ratio", self.sample_ratio)
+            check_number("sample_ratio", self.sample_ratio)
             if not 0 < self.sample_ratio <= 1:
                 raise ValueError(
-                    f"sample_ratio must be in (0, 1], got {self.sample_ratio!r}; 1 computes all "
-                    "tokens"
+                    f"sample_ratio must be in (0, 1], got {shown(self.sample_ratio)}; 1 computes "
+                    "all tokens"
                 )
         if self.error_reset_steps is not None:
-            if isinstance(self.error_reset_steps, str) or not isinstance(
+            if isinstance(self.error_reset_steps, str | bytes) or not isinstance(
                 self.error_reset_steps, Iterable
             ):
                 raise TypeError(
                     "error_reset_steps must be a sequence of steps, got "
-                    f"{self.error_reset_steps!r}; () means none"
+                    f"{shown(self.error_reset_steps)}; () means none"
                 )
             resets = tuple(self.error_reset_steps)
             for reset in resets:
                 _reset(reset)
             object.__setattr__(self, "error_reset_steps", resets)
-        if self.metric not in SELECTIONS:
-            raise ValueError(f"metric must be one of {', '.join(SELECTIONS)}, got {self.metric!r}")
+        if not isinstance(self.metric, str) or self.metric not in SELECTIONS:
+            raise ValueError(
+                f"metric must be one of {', '.join(SELECTIONS)}, got {shown(self.metric)}"
+            )
         for name in ("high_ratio", "extrapolation"):
             value = getattr(self, name)
-            _number(name, value)
+            check_number(name, value)
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-        _number("starvation_scale", self.starvation_scale)
+                raise ValueError(f"{name} must be in [0, 1], got {shown(value)}")
+        check_number("starvation_scale", self.starvation_scale)
         if not 0 <= self.starvation_scale < math.inf:
             raise ValueError(
-                f"starvation_scale must be at least 0 and finite, got {self.starvation_scale!r}"
+                "starvation_scale must be at least 0 and finite, got "
+                f"{shown(self.starvation_scale)}"
             )
         for name in ("scheduler_start_step", "scheduler_end_step"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 0)
         for name in ("kv_correction", "reuse_text", "keep_caches"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         if self.max_cache_bytes is not None:
-            check_count("max_cache_bytes", self.max_cache_bytes, 0)
+            check_count("max_cache_bytes", self.max_cache_bytes, 0, 2**63 - 1)
         check_count("mask_margin", self.mask_margin, 0)
-        _whole("skip_num_step", self.skip_num_step)
+        check_whole("skip_num_step", self.skip_num_step)
         check_count("skip_num_step_length", self.skip_num_step_length, 0)
         if self.skip_num_step and not self.skip_num_step_length:
             raise ValueError(
@@ -169,29 +175,12 @@ class RASConfig:
         return cls(**(settings | overrides))
 
 
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise TypeError or ValueError, with the name, unless it is a whole number from `least` on."""
-    _whole(name, value)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-
-
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-
-
 def _reset(value: int | float) -> None:
-    _number("error_reset_steps", value)
+    check_number("error_reset_steps", value)
     if isinstance(value, Integral):
         check_count("error_reset_steps", int(value), 0)
     elif not 0 < value < 1:
         raise ValueError(
-            f"error_reset_steps holds {value!r}, which is neither a whole step nor a fraction of "
-            "the run in (0, 1)"
+            f"error_reset_steps holds {shown(value)}, which is neither a whole step nor a fraction "
+            "of the run in (0, 1)"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
+from .checks import check_count, check_kind, check_mapping
 from .layout import Layout, Rows
 from .site import RASAttnProcessor
 
@@ -60,6 +61,10 @@ class Family:
         skips: Whether steps can be skipped.
         tested: How partial steps are, if whole runs are not held against the tests' oracle.
         note: What the support table says besides.
+
+    Raises:
+        TypeError: A field of another kind.
+        ValueError: An empty name of a class, or a token of no pixels.
     """
 
     model: str
@@ -87,6 +92,31 @@ class Family:
     skips: bool = True
     tested: str = ""
     note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "leave", "latents", "output", "tested", "note"):
+            check_kind(name, getattr(self, name), str, "text")
+        if not self.model:
+            raise ValueError("model must be the name of a transformer's class, got ''")
+        for name in ("image_first", "lists", "references", "skips"):
+            check_kind(name, getattr(self, name), bool, "True or False")
+        for name in ("layout", "patch", "obstacle", "usual_text", "lengths", "rotary"):
+            check_kind(name, getattr(self, name), Callable, "a function")
+        for name in ("pipelines", "blocks"):
+            names = getattr(self, name)
+            check_kind(name, names, tuple, "a tuple of names")
+            for each in names:
+                check_kind(name, each, str, "a tuple of names")
+        check_mapping("attention", self.attention, str, Rows, "patterns, and whose rows: ras.Rows")
+        spots = "patterns, and by argument or output whose rows: ras.Rows"
+        check_mapping("enter", self.enter, str, Mapping, spots)
+        for inner in self.enter.values():
+            check_mapping("enter", inner, str | int | None, Rows, spots)
+        check_mapping("text", self.text, str, int, "arguments, and the dimension of their tokens")
+        check_kind("leaves", self.leaves, Rows, "one of ras.Rows")
+        check_kind("whole", self.whole, str | None, "the name of an argument, or None")
+        check_kind("processor", self.processor, type | None, "a class, or None")
+        check_count("packed", self.packed)
 
     @property
     def regions(self) -> bool:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from .checks import check_count, shown
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -18,11 +20,23 @@ class Layout:
         text: Text tokens in the same attention.
         references: Tokens that come after the noise's, only condition, and stay behind in partial
             steps: pictures to edit, and padding.
+
+    Raises:
+        TypeError, ValueError: No whole numbers, or numbers below 1 (in the grid) or 0.
     """
 
     grid: tuple[int, ...] = ()
     text: int = 0
     references: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.grid, list | tuple):
+            raise TypeError(f"grid must be a tuple of whole numbers, got {shown(self.grid)}")
+        for size in self.grid:
+            check_count("grid", size)
+        object.__setattr__(self, "grid", tuple(map(int, self.grid)))
+        check_count("text", self.text, 0)
+        check_count("references", self.references, 0)
 
     @property
     def tokens(self) -> int:

@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import shown
+
 
 def as_mask(value: Any) -> Tensor:
     """A mask, `(S, 1, height, width)` float32 on the CPU, from what pipelines take for one.
@@ -33,7 +35,7 @@ def as_mask(value: Any) -> Tensor:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())
     if not isinstance(value, Tensor):
-        raise TypeError(f"mask must be a PIL image, an array or a tensor, got {value!r}")
+        raise TypeError(f"mask must be a PIL image, an array or a tensor, got {shown(value)}")
     mask = value.detach().cpu()
     top = 255 if not mask.is_floating_point() and mask.dtype != torch.bool else 1
     mask = mask.float() / top

@@ -10,6 +10,7 @@ from numbers import Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from .checks import shown
 from .files import read_json, write_text
 from .fingerprint import differences, of_run, plain
 from .layout import Layout
@@ -48,7 +49,7 @@ class Plan:
     def __post_init__(self) -> None:
         shares = _numbers("shares", self.shares, 0, 1)
         if not shares or shares[0] != DENSE:
-            raise ValueError(f"a plan begins with a dense step, the share 1; got {self.shares!r}")
+            raise ValueError(f"shares must begin with a dense step, 1; got {shown(self.shares)}")
         object.__setattr__(self, "shares", shares)
         if self.extrapolation is not None:
             factors = _numbers("extrapolation", self.extrapolation, -0.5, 8)
@@ -59,14 +60,14 @@ class Plan:
                 )
             object.__setattr__(self, "extrapolation", factors)
         if not isinstance(self.note, str):
-            raise TypeError(f"note must be text, got {self.note!r}")
+            raise TypeError(f"note must be text, got {shown(self.note)}")
         made_for = self.made_for
         if isinstance(made_for, Mapping):  # pairs have been through here
             made_for = plain(made_for)
         if not isinstance(made_for, tuple) or not all(
             isinstance(pair, tuple) and len(pair) == 2 for pair in made_for
         ):
-            raise TypeError(f"made_for must be names and values, got {self.made_for!r}")
+            raise TypeError(f"made_for must be names and values, got {shown(self.made_for)}")
         object.__setattr__(self, "made_for", made_for)
 
     def counts(self, num_tokens: int) -> tuple[int, ...]:
@@ -234,9 +235,14 @@ def as_plan(value: Any) -> Plan:
         return value
     if isinstance(value, str | PathLike):
         return Plan.load(value)
-    if isinstance(value, Sequence):
-        return Plan(tuple(value))
-    raise TypeError(f"plan must be a ras.Plan, a plan's file or a list of shares, got {value!r}")
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        try:
+            return Plan(tuple(value))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"plan's {error}") from None
+    raise TypeError(
+        f"plan must be a ras.Plan, a plan's file or a list of shares, got {shown(value)}"
+    )
 
 
 def _text(number: float) -> str:
@@ -245,12 +251,12 @@ def _text(number: float) -> str:
 
 
 def _numbers(name: str, values: Any, low: float, high: float) -> tuple[float, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a list of numbers, one per step; got {values!r}")
-    number: Any
-    for number in values:
-        if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} must be numbers, got {number!r}")
-        if not low <= number <= high:  # before it is a float, which has an end
-            raise ValueError(f"{name} must be from {low} to {high}, got {number!r}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be numbers, got {shown(value)}")
+        number: Any = value  # compared before it is a float, which has an end
+        if not low <= number <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {shown(value)}")
     return tuple(float(value) for value in values)

@@ -2,14 +2,74 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 FLOATS = torch.float32, torch.float16, torch.bfloat16
+LARGEST = torch.finfo(torch.float32).max
 CHECKS_INDICES = os.environ.get("RAS_KERNELS_CHECK_INDICES") == "1"
 """Whether indices are checked on GPUs, too, which waits for them; on a CPU they always are."""
+
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "Tensor": (Tensor, "a tensor"),
+    "float": ((Real, torch.SymFloat, torch.SymInt), "a number"),
+    "int": ((Integral, torch.SymInt), "a whole number"),
+    "str": (str, "text"),
+}
+"""What arguments are declared as, and what that means."""
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def names_wrong_types(op: Op) -> Op:
+    """Have an op raise TypeError, with the name, for an argument that is no tensor or no number.
+
+    Types are looked at where a call has failed alone, so that they cost nothing where none has;
+    what an op writes to has not been written to then.
+    """
+    signature = inspect.signature(op)
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args, **kwargs)
+        try:
+            return op(*args, **kwargs)
+        except Exception:
+            _check_types(signature, args, kwargs)
+            raise
+
+    return call  # type: ignore[return-value]
+
+
+def _check_types(signature: inspect.Signature, args: Any, kwargs: Any) -> None:
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # which is what has been raised
+        return
+    for name, value in given.items():
+        declared, _, optional = signature.parameters[name].annotation.partition(" | ")
+        kind, what = KINDS[declared]
+        if isinstance(value, kind) or (optional and value is None):
+            continue
+        what += ", or None" if optional else ""
+        raise TypeError(f"{name} must be {what}; got a {type(value).__name__}") from None
+
+
+def check_finite(**numbers: float) -> None:
+    """Numbers that an op computes with, in float32."""
+    for name, number in numbers.items():
+        if not -LARGEST < number < LARGEST:
+            found = number if isinstance(number, float) else "a larger one"
+            raise ValueError(f"{name} must be a finite number in float32; got {found}")
 
 
 def check_index(index: Tensor, tokens: Tensor, name: str = "tokens") -> None:

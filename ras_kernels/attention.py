@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from . import _triton, reference
-from ._checks import check_floats, check_same, shapes
+from ._checks import check_finite, check_floats, check_same, names_wrong_types, shapes
 from ._library import register
 from ._triton import cdiv, jit, next_power_of_2, tl
 
 LOG2_E = math.log2(math.e)
 
 
+@names_wrong_types
 def sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -72,6 +73,7 @@ def sparse_attention(
         if tensor is not None and tensor.device != key.device:
             raise ValueError(f"{name} is on {tensor.device}, key on {key.device}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    check_finite(scale=scale)
     return _attention(query, key, value, key_mask, key_lengths, scale)
 
 

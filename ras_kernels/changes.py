@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floats, check_index, check_same, check_written, shapes
+from ._checks import check_floats, check_index, check_same, check_written, names_wrong_types, shapes
 from ._library import register
 from ._triton import jit, tl
 from .rows import Tiling, elements, place, tiling
 
 
+@names_wrong_types
 def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
     """Write rows in place, and beside them by how much they differ from what was there.
 
@@ -44,6 +45,7 @@ def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: 
     return tokens
 
 
+@names_wrong_types
 def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
     """Carry tokens on by a share of their last change: `tokens + gain * changes`, in float32.
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floats, check_index, check_same, check_written, shapes
+from ._checks import (
+    check_finite,
+    check_floats,
+    check_index,
+    check_same,
+    check_written,
+    names_wrong_types,
+    shapes,
+)
 from ._library import register
 from ._triton import cdiv, jit, tl
 from .regions import BLOCK
@@ -14,6 +22,7 @@ from .regions import BLOCK
 PART = 16  # columns that are summed up by themselves
 
 
+@names_wrong_types
 def update_drift_(
     last: Tensor,
     pace: Tensor,
@@ -52,9 +61,11 @@ def update_drift_(
         check_index(index, pace, "pace")
     for name, tensor in (("last", last), ("pace", pace), ("since", since)):
         check_written(tensor, name)
+    check_finite(position=position)
     _update(last, pace, since, index, noise, position)
 
 
+@names_wrong_types
 def drift_scores(pace: Tensor, since: Tensor, *, position: float) -> Tensor:
     """How far each region's noise has gone since, at its last pace: `pace * |position - since|`.
 
@@ -68,6 +79,7 @@ def drift_scores(pace: Tensor, since: Tensor, *, position: float) -> Tensor:
     if pace.ndim != 2:
         raise ValueError(f"pace must be (B, N); got {shapes(pace)}")
     _check_columns(pace.shape, pace=pace, since=since)
+    check_finite(position=position)
     return _scores(pace, since, position)
 
 

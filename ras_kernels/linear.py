@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floats, check_index, check_same, check_written, shapes
+from ._checks import check_floats, check_index, check_same, check_written, names_wrong_types, shapes
 from ._library import register
 from ._triton import cdiv, jit, tl
 
 
+@names_wrong_types
 def linear_scatter_(
     key: Tensor,
     value: Tensor,

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floats, check_rows, check_same, check_written
+from ._checks import (
+    check_finite,
+    check_floats,
+    check_rows,
+    check_same,
+    check_written,
+    names_wrong_types,
+)
 from ._library import register
 from ._triton import cdiv, jit, next_power_of_2, tl
 
@@ -18,6 +25,7 @@ NORMS = ("rms_norm", "layer_norm_across_heads")
 ELEMENTS = 4096  # of a program's tile
 
 
+@names_wrong_types
 def norm_rotary(
     tokens: Tensor,
     *,
@@ -43,10 +51,11 @@ def norm_rotary(
     Returns:
         `(B, K, H, D)`, contiguous, the dtype of `tokens`.
     """
-    _check(tokens, norm, weight, bias, rotary)
+    _check(tokens, norm, weight, bias, rotary, eps)
     return _norm_rotary(tokens, norm, weight, bias, eps, _pairs(rotary))
 
 
+@names_wrong_types
 def norm_rotary_scatter_(
     out: Tensor,
     index: Tensor,
@@ -70,7 +79,7 @@ def norm_rotary_scatter_(
     Returns:
         `out` itself.
     """
-    _check(tokens, norm, weight, bias, rotary)
+    _check(tokens, norm, weight, bias, rotary, eps)
     check_rows(out, index, tokens, ("out", "tokens"))
     if changes is not None:
         if changes.shape != out.shape:
@@ -95,11 +104,15 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     rotary: Tensor | None,
+    eps: float,
 ) -> None:
     if tokens.ndim != 4:
         raise ValueError(f"tokens must be (B, K, H, D); got {tuple(tokens.shape)}")
     if norm is not None and norm not in NORMS:
         raise ValueError(f"norm must be None or one of {', '.join(NORMS)}; got {norm!r}")
+    check_finite(eps=eps)
+    if eps < 0:
+        raise ValueError(f"eps must be at least 0; got {eps}")
     check_floats(tokens=tokens)
     heads, size = tokens.shape[2:]
     width = heads * size if norm == "layer_norm_across_heads" else size

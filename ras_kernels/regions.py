@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floats, shapes
+from ._checks import check_finite, check_floats, names_wrong_types, shapes
 from ._library import register
 from ._triton import cdiv, jit, tl
 
@@ -19,6 +17,7 @@ BLOCK = 32  # regions of a program
 OTHERS = 128  # regions that it compares with at a time
 
 
+@names_wrong_types
 def region_scores(noise: Tensor, pixels: int, metric: str = "std") -> Tensor:
     """Score each region: the mean over its pixels of the noise's spread over the channels.
 
@@ -43,6 +42,7 @@ def region_scores(noise: Tensor, pixels: int, metric: str = "std") -> Tensor:
     return _scores(noise, pixels, metric)
 
 
+@names_wrong_types
 def select_regions(
     scores: Tensor,
     ages: Tensor,
@@ -82,7 +82,8 @@ def select_regions(
     check_floats(scores=scores)
     if not 1 <= num_active <= scores.shape[1]:
         raise ValueError(f"num_active must be from 1 to {scores.shape[1]}; got {num_active}")
-    if not 0 <= high_ratio <= 1 or not 0 <= starvation_scale < math.inf:
+    check_finite(starvation_scale=starvation_scale)
+    if not 0 <= high_ratio <= 1 or starvation_scale < 0:
         raise ValueError(
             "high_ratio must be in [0, 1] and starvation_scale at least 0; got "
             f"{high_ratio} and {starvation_scale}"

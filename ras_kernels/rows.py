@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_index, check_rows
+from ._checks import check_index, check_rows, names_wrong_types
 from ._library import register
 from ._triton import cdiv, jit, next_power_of_2, tl
 
@@ -19,6 +19,7 @@ WIDEST = 1024  # elements of a row in a tile
 GRID = 65535  # programs along the second and the third axis, at most
 
 
+@names_wrong_types
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Take rows of each sample: `out[b, j] = tokens[b, index[b, j]]`.
 
@@ -33,6 +34,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return _gather(tokens, index)
 
 
+@names_wrong_types
 def scatter_tokens_(tokens: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """Write rows in place: `tokens[b, index[b, j]] = rows[b, j]`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from os import PathLike
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..api import enabled, is_enabled, session_of, transformers_of
+from ..checks import MOST_STEPS, check_count, check_kind, check_number, shown
 from ..clock import Clock, carried, position
-from ..config import DEFAULT_SPEEDUP, RASConfig, check_count
+from ..config import DEFAULT_SPEEDUP, RASConfig
 from ..files import read_json, write_text
 from ..fingerprint import differences, of_call, of_model, of_run, of_weights, plain
 from ..layout import Layout
@@ -81,21 +82,28 @@ def calibrate(
     """
     if not callable(pipe) or isinstance(pipe, nn.Module):
         raise TypeError(f"calibrate takes a pipeline, got {type(pipe).__name__}")
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a list of texts, got the text {prompts!r}")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | Mapping):
+        raise TypeError(f"prompts must be a list of texts, got {shown(prompts)}")
     prompts = list(prompts)
     if not prompts:
-        raise ValueError("calibrate needs at least one prompt")
-    check_count("num_inference_steps", num_inference_steps)
+        raise ValueError("prompts must be at least one")
+    named = "prompt" in inspect.signature(type(pipe).__call__).parameters
+    for prompt in prompts if named else ():  # elsewhere it may be an image, or a class
+        check_kind("prompts", prompt, str, "a list of texts")
+    check_number("speedup", speedup)
+    check_count("num_inference_steps", num_inference_steps, most=MOST_STEPS)
+    check_count("seed", seed, 0, 2**63 - 1)
+    check_kind("checkpoint", checkpoint, str | PathLike | None, "a file's path, or None")
     check_count("batch_size", batch_size)
     if config is not None and not isinstance(config, RASConfig):
-        raise TypeError(f"config must be a RASConfig, got {config!r}")
+        raise TypeError(f"config must be a RASConfig, got {shown(config)}")
     config = replace(config or RASConfig(), speedup=speedup, sample_ratio=None, plan=None)
-    if not isinstance(shares, Sequence) or isinstance(shares, str):
-        raise TypeError(f"shares must be a list of numbers, got {shares!r}")
+    if not isinstance(shares, Sequence) or isinstance(shares, str | bytes):
+        raise TypeError(f"shares must be a list of numbers, got {shown(shares)}")
     for share in shares:
+        check_number("shares", share)
         if not 0 < share < 1:
-            raise ValueError(f"shares must be in (0, 1), got {share!r}")
+            raise ValueError(f"shares must be in (0, 1), got {shown(share)}")
     if is_enabled(pipe):
         raise ValueError("calibrate needs the pipeline as it is; call ras.disable(pipe) first")
     runs = _Runs(pipe, prompts, num_inference_steps, batch_size, seed, call)

@@ -446,7 +446,7 @@ def test_settings_have_a_size_of_their_own():
     "error, options, named",
     [
         (TypeError, dict(prompts="ab"), "list of texts.*ab"),
-        (ValueError, dict(prompts=[]), "at least one prompt"),
+        (ValueError, dict(prompts=[]), "prompts must be at least one"),
         (ValueError, dict(batch_size=0), "batch_size.*0"),
         (ValueError, dict(num_inference_steps=0), "num_inference_steps.*0"),
         (ValueError, dict(speedup=0.5), "speedup.*0.5"),

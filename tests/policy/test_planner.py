@@ -361,9 +361,9 @@ def test_image_to_image_is_planned_from_where_it_begins():
 @pytest.mark.parametrize(
     "error, options, named",
     [
-        (ValueError, dict(shares=()), "begins with"),
-        (ValueError, dict(shares=(0, 1)), "begins with"),
-        (ValueError, dict(shares=(0.5, 1)), "begins with"),
+        (ValueError, dict(shares=()), "must begin with"),
+        (ValueError, dict(shares=(0, 1)), "must begin with"),
+        (ValueError, dict(shares=(0.5, 1)), "must begin with"),
         (ValueError, dict(shares=(1, 1.5)), "1.5"),
         (ValueError, dict(shares=(1, -0.1)), "-0.1"),
         (ValueError, dict(shares=(1, math.nan)), "nan"),
