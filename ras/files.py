@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,23 @@ def read_json(path: str | PathLike[str]) -> Any:
         raise ValueError(f"it is not JSON ({error})") from None
 
 
-def write_text(path: str | PathLike[str], text: str) -> None:
-    """Write a file that nobody ever sees half of. Raises OSError if it cannot be written."""
+@contextmanager
+def written_whole(path: str | PathLike[str]) -> Iterator[Path]:
+    """A file to write in a `with` block, which is `path` when the block ends, and gone if it fails.
+
+    Raises OSError if it cannot be written. Its name ends as that of `path`.
+    """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
-        part.write_text(text, encoding="utf-8")
+        yield part
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write a file that nobody ever sees half of. Raises OSError if it cannot be written."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -16,25 +16,35 @@ from transformers.utils import logging as transformers_logging
 
 import ras
 
+from ..checks import MOST_STEPS, shown
 from ..config import DEFAULT_SPEEDUP
 from . import generate, info, models
 from .loading import DTYPES, quiet
 
+MOST_PIXELS = 2**15  # of a side
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's own) and return its exit status.
 
-    0 is success; with 2, one line on stderr says what was wrong. `--help` and `--version`
-    raise SystemExit(0), as argparse has it.
+    0 is success; with 2, one line on stderr says what was wrong; 130 is an interrupt. `--help` and
+    `--version` raise SystemExit(0), as argparse has it.
     """
     try:
         options = _parser().parse_args(argv)
         with quiet(transformers_logging):
             options.command(options)
-    except (ValueError, TypeError, OSError, torch.cuda.OutOfMemoryError) as error:
-        print("ras: error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("ras: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        line = f"ras: error: {text if len(text) <= 1000 else text[:1000] + '…'}"
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
         return 2
     return 0
 
@@ -69,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", type=_device, default=_default_device(), help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
     add("--seed", type=_number(int, 0, 2**64 - 1), default=0, help="default: %(default)s")
-    add("--steps", type=_number(int, 1), default=28, help="default: %(default)s")
+    add("--steps", type=_number(int, 1, MOST_STEPS), default=28, help="default: %(default)s")
     add(
         "--speedup",
         type=float,
@@ -83,9 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RATIO",
         help="the paper's schedule instead, in which a sparse step computes that share",
     )
-    add("--height", type=_number(int, 1), metavar="PIXELS", help="default: the model's")
-    add("--width", type=_number(int, 1), metavar="PIXELS", help="default: the model's")
-    add("--negative-prompt", metavar="TEXT", help="what the image does not show")
+    add(
+        "--height", type=_number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's"
+    )
+    add("--width", type=_number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's")
+    add("--negative-prompt", type=_prompt, metavar="TEXT", help="what the image does not show")
     add("--guidance-scale", type=_number(float, 0), metavar="SCALE", help="default: the model's")
     add("--json", action="store_true", help="print the figures as JSON")
 
@@ -110,7 +122,7 @@ def _number(
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be {noun} {span}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {noun} {span}, got {shown(text)}")
         return value
 
     return convert
@@ -119,6 +131,10 @@ def _number(
 def _prompt(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("must be text in UTF-8") from None
     return text
 
 

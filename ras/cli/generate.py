@@ -19,6 +19,7 @@ from PIL import Image
 
 import ras
 
+from ..files import written_whole
 from ..stats import aligned
 from . import pictures
 from .loading import Pipeline, load, quiet
@@ -70,7 +71,8 @@ def main(options: argparse.Namespace) -> None:
         "out": str(options.out),
     }
     picture = _side_by_side(dense[0], sparse[0], report) if dense else sparse[0].image
-    picture.save(options.out)
+    with written_whole(options.out) as part:
+        picture.save(part)
     for warning in report["warnings"]:
         print("ras: warning:", warning, file=sys.stderr)
     print(json.dumps(report, indent=2) if options.json else _summary(report))

@@ -271,7 +271,7 @@ def test_runs_as_a_process(folder, tmp_path):
         (["--device", "toaster"], "toaster"),
         (["--device", "cuda:99"], "cuda:99 is not available on this machine"),
         (["--dtype", "int8"], "int8"),
-        (["--steps", "0"], "at least 1, got '0'"),
+        (["--steps", "0"], "from 1 to 10000, got '0'"),
         (["--steps", "many"], "many"),
         (["--seed", "-1"], "-1"),
         (["--seed", str(2**64)], str(2**64)),
