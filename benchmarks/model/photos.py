@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
 
@@ -68,6 +68,14 @@ class Pixels(nn.Module):
 
     config = SimpleNamespace(scaling_factor=1.0)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.zeros(0))  # which moves along with the pipeline
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
     def decode(self, latents: Tensor) -> Any:
         return SimpleNamespace(sample=latents)
 
@@ -79,6 +87,7 @@ def build_pipeline(seed: int = 0) -> Any:
         num_attention_heads=2,
         attention_head_dim=64,
         in_channels=3,
+        out_channels=3,
         num_layers=8,
         sample_size=SIDE,
         patch_size=2,
@@ -87,7 +96,10 @@ def build_pipeline(seed: int = 0) -> Any:
     # Blocks begin as the identity.
     blocks = transformer.transformer_blocks
     begin_with_zeros(*(block.norm1.linear for block in blocks), transformer.proj_out_2)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    # Of first order it is Euler's method; the pipeline calls what diffusers' Euler does not have.
+    scheduler: Any = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, solver_order=1
+    )
     vae: Any = Pixels()
     pipe = DiTPipeline(transformer, vae, scheduler)
     pipe.set_progress_bar_config(disable=True)

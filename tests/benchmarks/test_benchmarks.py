@@ -12,7 +12,7 @@ import ras
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measure
 from benchmarks.kernels.jobs import JOBS, LUMINA, SD3, prepare
-from benchmarks.model import scenes, train
+from benchmarks.model import photos, scenes, train
 from benchmarks.quality import elsewhere, inpainting, judge, ours, plans
 from benchmarks.speed import end_to_end, untrained
 from benchmarks.speed.families import FAMILIES
@@ -126,6 +126,25 @@ def test_training_resumes(tmp_path, monkeypatch, family):
     sheet = tmp_path / "sheet.png"
     train.draw_sheet(folder, sheet, "cpu", count=1)
     assert Image.open(sheet).size == (8 * train.SIDE, train.SIDE + 60)
+
+
+def test_training_on_photographs_resumes(tmp_path, monkeypatch):
+    """In a few steps, on noise in their place: the folder is a pipeline, which RAS serves."""
+    noise = np.random.default_rng(0).integers(256, size=(90, 70, 3), dtype=np.uint8)
+    monkeypatch.setattr(photos, "photographs", lambda: [Image.fromarray(noise)] * 2)
+    monkeypatch.setattr(photos, "BATCH", 2)
+    monkeypatch.setattr(photos.torch, "compile", lambda model: model)
+    folder, work = tmp_path / "model", tmp_path / "work"
+    for steps in ("1", "2"):
+        folders = ["--out", str(folder), "--work", str(work)]
+        monkeypatch.setattr("sys.argv", ["photos", "--steps", steps, *folders])
+        photos.main()
+    assert torch.load(work / "photos.pt")["step"] == 2
+    pipe = photos.load(folder)
+    with ras.enabled(pipe, plan=(1, 1, 0.5, 0)):
+        image = pipe([1], num_inference_steps=4, guidance_scale=4.0).images[0]
+        assert ras.stats(pipe).steps_sparse == 1 and ras.stats(pipe).warnings == ()
+    assert image.size == (photos.SIDE, photos.SIDE)
 
 
 def test_inpainting(capsys, monkeypatch):
