@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LARGEST = 10_000_000  # bytes
 
@@ -25,7 +26,7 @@ def read_json(path: str | PathLike[str]) -> Any:
     if len(content) > LARGEST:
         raise ValueError(f"it is larger than {LARGEST:,} bytes")
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=_no_number, parse_float=_finite)
     except UnicodeDecodeError:
         raise ValueError("it is no text") from None
     except RecursionError:
@@ -34,13 +35,24 @@ def read_json(path: str | PathLike[str]) -> Any:
         raise ValueError(f"it is not JSON ({error})") from None
 
 
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _no_number(text)
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number there")
+
+
 @contextmanager
 def written_whole(path: str | PathLike[str]) -> Iterator[Path]:
     """A file to write in a `with` block, which is `path` when the block ends, and gone if it fails.
 
     Raises OSError if it cannot be written. Its name ends as that of `path`.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path  # a device is not to be replaced
+        return
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield part

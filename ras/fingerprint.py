@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 SAMPLED = 16  # numbers of each weight
 LEFT_OUT = {"quantization_config"}  # of configurations, beside what begins with an underscore
@@ -29,16 +30,18 @@ def of_model(transformers: Mapping[str, nn.Module], scheduler: Any) -> dict[str,
         for name, value in dict(part.config).items():
             if not name.startswith("_") and name not in LEFT_OUT:
                 found[f"{role}.{name}"] = plain(value)
+    if isinstance(getattr(type(scheduler), "shift", None), property):  # it may have been set since
+        found["scheduler.shift"] = plain(scheduler.shift)
     return found
 
 
-def of_weights(transformers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """A digest of each one's weights: names, shapes, types, and 16 numbers, evenly, of each.
+def of_weights(parts: Mapping[str, nn.Module]) -> dict[str, str]:
+    """A digest of each part's weights, the same on any device, offloaded or not.
 
-    One read of the device for each weight. Weights that are not there (on the meta device, as
-    sequential offloading leaves them) count by their shapes alone.
+    It is of the names, shapes and types of parameters and buffers, of 16 numbers, evenly, of each,
+    and of the scales of adapters. One read of each device for each part.
     """
-    return {f"weights.{role}": _digest_of(part) for role, part in transformers.items()}
+    return {f"weights.{role}": _digest_of(part) for role, part in parts.items()}
 
 
 def of_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,16 +97,52 @@ def plain(value: Any) -> Any:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+@torch.no_grad()
 def _digest_of(module: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(module.named_parameters()):
+    samples: dict[torch.device, list[Tensor]] = {}
+    for name, weight in _weights(module):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.numel() and not weight.is_meta:
-            flat = weight.detach().reshape(-1)
-            last, count = flat.numel() - 1, min(SAMPLED, flat.numel())
-            places = [i * last // max(count - 1, 1) for i in range(count)]
-            digest.update(_bytes(flat[torch.tensor(places, device=flat.device)]))
+            samples.setdefault(weight.device, []).append(_sample(weight))
+    for name, part in module.named_modules():
+        scales = getattr(part, "scaling", None)
+        if isinstance(scales, dict):  # an adapter of peft's
+            on = not getattr(part, "disable_adapters", False) and part.active_adapters
+            digest.update(f"{name} {sorted(scales.items())} {on}".encode())
+    for each in samples.values():
+        digest.update(_bytes(torch.cat(each)))
     return digest.hexdigest()[:16]
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name; those that accelerate has offloaded, from where they are."""
+    for prefix, part in module.named_modules():
+        hook = getattr(part, "_hf_hook", None)
+        maps = [getattr(each, "weights_map", None) for each in getattr(hook, "hooks", [hook])]
+        held: Any = next((each for each in maps if each is not None), {})
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                there = held[name] if tensor.is_meta and name in held else tensor
+                yield from _parts(f"{prefix}.{name}", there.detach())
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or those that a quantised one is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        yield from _parts(f"{name}.{part}", getattr(tensor, part))
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    flat = tensor.as_subclass(Tensor).reshape(-1)
+    last, count = len(flat) - 1, min(SAMPLED, len(flat))
+    places = [i * last // max(count - 1, 1) for i in range(count)]
+    return flat[torch.tensor(places, device=flat.device)].float()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import shown
 from .files import read_json, write_text
-from .fingerprint import differences, of_run, plain
+from .fingerprint import differences, plain
 from .layout import Layout
 
 if TYPE_CHECKING:
@@ -98,13 +98,14 @@ class Plan:
         computed = sum(counts) + with_text * text_tokens + dense * reference_tokens
         return len(counts) * (num_tokens + text_tokens + reference_tokens) / computed
 
-    def unfit(
-        self, steps: int, grid: tuple[int, ...] = (), guidance_scale: Any = None
-    ) -> str | None:
-        """Why a run is not what the plan was made for, or None; of its model see `ras.enable`."""
+    def unfit(self, steps: int, here: Mapping[str, Any]) -> str | None:
+        """Why a run of so many steps is not what the plan was made for, or None.
+
+        Of `here`, see `ras/fingerprint.py`; what either does not know is not compared.
+        """
         if len(self.shares) != steps:
             return f"the plan is one of {len(self.shares)} steps and the run has {steps}"
-        told = differences(dict(self.made_for), of_run(grid, guidance_scale), shared=True)
+        told = differences(dict(self.made_for), here, shared=True)
         return f"the plan was made for another run ({'; '.join(told)})" if told else None
 
     def save(self, path: str | PathLike[str]) -> None:

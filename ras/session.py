@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from .branch import Call, form_of
 from .branches import Branches
 from .clock import Clock, is_set, read_clock
 from .config import RASConfig
+from .fingerprint import of_model, of_run
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
@@ -240,10 +240,12 @@ class Session:
             run.obstacle = next(changes, None)
 
     def _plan(self, clock: Clock, layout: Layout, masked: Tensor | None) -> RunPlan:
-        guidance = getattr(self.pipeline, "guidance_scale", None)
-        guidance = float(guidance) if isinstance(guidance, Real) else None
+        here: dict[str, Any] = {}
+        if self.config.plan is not None and self.config.plan.made_for:
+            guidance = getattr(self.pipeline, "guidance_scale", None)
+            here = {**of_model({}, self._scheduler), **of_run(layout.grid, guidance)}
         count = None if masked is None else masked.shape[1]
-        return plan_run(self.config, clock, layout, count, guidance)
+        return plan_run(self.config, clock, layout, count, tuple(here.items()))
 
     def masked(self, layout: Layout) -> Tensor | None:
         """The regions under the mask, `(S, k)`, or None without one."""

@@ -60,7 +60,6 @@ NONSENSE = {
     "mapping": lambda: {"a": 1},
 }
 ERRORS = TypeError, ValueError, OSError
-NUMBERS = {"nan", "inf", "-inf", "-1", "0", "half", "huge", "1e308"}
 
 
 @functools.cache

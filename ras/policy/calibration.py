@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,16 @@ def calibrate(
     runs = _Runs(pipe, prompts, num_inference_steps, batch_size, seed, call)
     transformers = transformers_of(pipe)
     model: Any = pipe
+    weighing = {
+        role: getattr(part, "_orig_mod", part)
+        for role, part in model.components.items()
+        if isinstance(part, nn.Module)
+    }
     model_here = of_model(transformers, model.scheduler)
     key = {"prompts": prompts, "speedup": speedup, "num_inference_steps": num_inference_steps}
     key |= {"shares": shares, "batch_size": batch_size, "seed": seed, **of_call(call)}
     key |= {f"config.{name}": value for name, value in vars(config).items()}
-    key |= {"pipeline": type(pipe).__name__, **model_here, **of_weights(transformers)}
+    key |= {"pipeline": type(pipe).__name__, **model_here, **of_weights(weighing)}
     log = _Log(None if checkpoint is None else Path(checkpoint), key)
     bar = diffusers_logging.tqdm(total=len(runs) * (4 + ROUNDS * TRIED), desc="calibrating")
 
@@ -147,8 +152,8 @@ def calibrate(
     )
     for _ in range(ROUNDS):
         near = neighbours(model, best[1].shares, shares, layout, reuse_text=config.reuse_text)
-        plans = [fitted(plan) for plan in near if meets(plan)]
-        nearest = min((tried(plan) for plan in plans[:TRIED]), key=_error, default=best)
+        plans = islice(filter(meets, near), TRIED)
+        nearest = min((tried(fitted(plan)) for plan in plans), key=_error, default=best)
         if nearest[0] >= best[0]:
             break
         best = nearest

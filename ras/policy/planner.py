@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from ..clock import Clock
 from ..config import DEFAULT_SPEEDUP, EXTRAPOLATION, RASConfig
@@ -25,7 +25,7 @@ def plan_run(
     clock: Clock,
     layout: Layout,
     masked_tokens: int | None = None,
-    guidance_scale: float | None = None,
+    here: tuple[tuple[str, Any], ...] = (),
 ) -> RunPlan:
     """Plan a run by the settings.
 
@@ -34,10 +34,10 @@ def plan_run(
         clock: The noise level of each step.
         layout: The tokens of one sample. Where their grid is not known, steps are whole.
         masked_tokens: How many tokens a partial step computes where a mask says which.
-        guidance_scale: The run's, where it is known.
+        here: What a plan may have been made for, as `ras/fingerprint.py` tells it.
     """
     steps, given = clock.steps, config.plan
-    unfit = None if given is None else given.unfit(steps, layout.grid, guidance_scale)
+    unfit = None if given is None else given.unfit(steps, dict(here))
     if not layout.grid:
         masked_tokens = None
     complaints = []
@@ -203,25 +203,19 @@ def add_partial(
     """
     left = (1 - share) ** 2
     dense = [step for step, value in enumerate(shares) if value == DENSE]
-    taken = {step for step, value in enumerate(shares) if SKIP < value < DENSE}
-    added, now = model.adding(dense), model.error(dense)
     free = [step for step, value in enumerate(shares) if value == SKIP]
-    plans = [((1 - left) * added[step] + left * now, dense, step) for step in free]
-    if taken:  # beside which the dense ones stay
-        added[dense] = math.inf
-        more = sorted([*dense, int(added.argmin())])
-    else:
-        more = list(model.best(len(dense) + 1, pinned))
+    added = (1 - left) * model.adding(dense) + left * model.error(dense)
+    plans = [(added[step], dense, step) for step in free]
+    taken = {step for step, value in enumerate(shares) if SKIP < value < DENSE}
+    more = [*model.best(len(dense) + 1, {*pinned, *(d for d in dense if taken)})]
     if not taken & set(more):
-        all_dense, dropped = model.error(more), model.dropping(more)
-        for step, without in zip(more[1:], dropped):
-            if step not in pinned:
-                rest = [other for other in more if other != step]
-                plans.append(((1 - left) * all_dense + left * without, rest, step))
+        dropped = (1 - left) * model.error(more) + left * model.dropping(more)
+        plans += [(e, more, step) for e, step in zip(dropped, more[1:]) if step not in pinned]
     _, dense, step = min(plans, key=lambda plan: plan[0])
-    for other in range(len(shares)):
-        if other not in taken:
-            shares[other] = DENSE if other in dense else SKIP
+    for other in {*range(len(shares))} - taken:
+        shares[other] = SKIP
+    for other in dense:
+        shares[other] = DENSE
     shares[step] = share
 
 

@@ -3,11 +3,14 @@
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from peft import LoraConfig
 from PIL import Image
 from support import pipelines
 from support.pipelines import sd3_inputs
@@ -56,8 +59,18 @@ def other_scheduler(pipe):
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
 
 
+def other_words(pipe):
+    pipe.text_encoder.text_projection.weight.mul_(0.7)
+
+
+def set_shift(pipe):
+    pipe.scheduler.set_shift(12.0)
+
+
 OTHERS = {
     other_weights: "weights.transformer: ",
+    other_words: "weights.text_encoder: ",
+    set_shift: "scheduler.shift: 3.0 there, 12.0 here",
     other_shift: "scheduler.shift: 3.0 there, 12.0 here",
     other_scheduler: "scheduler.class: 'FlowMatchEulerDiscreteScheduler' there, 'FlowMatchHeun",
 }
@@ -154,7 +167,7 @@ def test_a_plan_says_what_it_was_made_for(tmp_path):
     ras.enable(pipe.transformer, plan=found, scheduler=pipe.scheduler)
 
 
-@pytest.mark.parametrize("change", [other_shift, other_scheduler, "transformer"])
+@pytest.mark.parametrize("change", [other_shift, set_shift, other_scheduler, "transformer"])
 def test_a_plan_of_another_model(tmp_path, change):
     plan = calibrate(build())
     path = tmp_path / "plan.json"
@@ -196,6 +209,45 @@ def test_a_plan_of_another_run(other, told):
     assert ras.stats(pipe).plan == plan
 
 
+def test_a_scheduler_that_is_replaced_later():
+    """Another plan is made, with one warning, and the first one is back with its scheduler."""
+    pipe = build()
+    plan = calibrate(pipe)
+    ras.enable(pipe, plan=plan)
+    first, call = pipe.scheduler, dict(CALL, num_inference_steps=STEPS, output_type="latent")
+    other_shift(pipe)
+    with pytest.warns(ras.RASWarning, match=r"scheduler\.shift: 3\.0 there, 12\.0 here"):
+        pipe("a", **call)
+    assert ras.stats(pipe).plan != plan
+    pipe.scheduler = first
+    pipe("a", **call)
+    assert ras.stats(pipe).plan == plan
+
+
+def test_offloaded_weights_are_the_same():
+    """As accelerate leaves them, on the meta device with a map to where they are."""
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+    before = fingerprint.of_weights({"a": layer})
+    plain = copy.deepcopy(layer)
+    cpu_offload(layer, execution_device="cpu")
+    assert all(weight.is_meta for weight in layer.parameters())
+    assert fingerprint.of_weights({"a": layer}) == before
+    plain[1].running_mean.add_(1)  # buffers count
+    assert fingerprint.of_weights({"a": plain}) != before
+
+
+def test_adapters_count():
+    pipe = pipelines.sd3()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    before = fingerprint.of_weights({"a": pipe.transformer})
+    pipe.transformer.disable_adapters()
+    assert fingerprint.of_weights({"a": pipe.transformer}) != before
+    pipe.transformer.enable_adapters()
+    assert fingerprint.of_weights({"a": pipe.transformer}) == before
+    pipe.transformer.set_adapters("default", 0.5)
+    assert fingerprint.of_weights({"a": pipe.transformer}) != before
+
+
 def test_a_quantised_model_takes_the_plan():
     pipe = build()
     plan = calibrate(pipe)
@@ -217,6 +269,7 @@ BAD = {
     "no number": b'{"ras_plan": 1, "shares": [1, NaN]}',
     "infinite": b'{"ras_plan": 1, "shares": [1, Infinity]}',
     "a later format": b'{"ras_plan": 2, "shares": [1]}',
+    "no number in a name": b'{"ras_plan": 1, "shares": [1], "made_for": {"a": 1e999}}',
     "no names": b'{"ras_plan": 1, "shares": [1], "made_for": [3]}',
 }
 
@@ -255,10 +308,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             ras.Plan((1, 1)).save(path)
     assert path.read_bytes() == kept and list(tmp_path.iterdir()) == [path]
     for folder in (tmp_path / "no", path):
-        with pytest.raises(OSError, match=r"plan\.json|other\.json"):
+        with pytest.raises(OSError, match=r"plan\.json|other"):
             ras.Plan((1, 1)).save(folder / "other.json")
     with pytest.raises(OSError, match=r"[Dd]irectory"):
         files.write_text(tmp_path, "")
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+    ras.Plan((1, 1, 0)).save(link)
+    assert link.is_symlink() and ras.Plan.load(path).shares == (1, 1, 0)
+    ras.Plan((1, 0)).save("/dev/null")
+    assert not Path("/dev/null").is_file()
 
 
 def test_a_run_by_hand_knows_no_guidance():
@@ -267,8 +326,8 @@ def test_a_run_by_hand_knows_no_guidance():
     plan = calibrate(pipe)
     fits = ras.Plan(plan.shares, plan.extrapolation, made_for=dict(plan.made_for))
     assert fits == ras.Plan(plan.shares, plan.extrapolation, made_for=plan.made_for)
-    assert fits.unfit(STEPS) is None and fits.unfit(STEPS, (8, 8)) is None
-    assert "run.grid" in fits.unfit(STEPS, (8, 9))
+    assert fits.unfit(STEPS, {}) is None and fits.unfit(STEPS, {"run.grid": (8, 8)}) is None
+    assert "run.grid" in fits.unfit(STEPS, {"run.grid": (8, 9)})
     other = pipelines.sd3()
     with ras.enabled(other, plan=ras.Plan((1, 0, 1, 0))):
         run(other, sd3_inputs(other), steps=4)
