@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from ..commands import as_command
 from ..tables import RESULTS, ROOT, folder_name, grid
 from .parts import Part, Row, parts
 from .table import COUNTS, READMES, plots, update
@@ -203,4 +204,4 @@ def outcome(record: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

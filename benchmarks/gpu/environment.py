@@ -21,6 +21,7 @@ import torch
 from ras.cli.info import version
 from ras.stats import aligned
 
+from ..commands import as_command
 from ..speed.timing import device_name
 
 PACKAGES = ("triton", "diffusers", "transformers", "numpy")
@@ -78,4 +79,4 @@ def told_by_driver() -> dict[str, str | None]:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from ..commands import as_command
 from ..speed.families import PUBLISHED, Family
 from ..tables import COLOURS, NOT_MEASURED, RESULTS, ROOT, UNMEASURED, grid, save
 from . import goals
@@ -206,4 +207,4 @@ def drawn(name: str, lines: dict[tuple[str, str], list[tuple[float, float]]]) ->
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 
 from ras_kernels import _triton
 
+from ..commands import DURATION, as_command
 from ..gpu.goals import OURS, Row, best
 from ..speed.timing import Timer, Times
 from ..tables import COLOURS, cells, folder_name, save
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="finish in under four minutes")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="for all jobs, about")
+    parser.add_argument("--seconds", type=DURATION, default=math.inf, help="for all jobs, about")
     parser.add_argument("--tiny", action="store_true", help="try the program out on the CPU")
     parser.add_argument("--chip", choices=CHIPS, default="H100", help="for floors without a GPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
@@ -212,4 +213,4 @@ def code(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -37,6 +37,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..commands import as_command
 from ..tables import cells
 from . import variants
 from .chips import CHIPS, Chip, occupancy
@@ -312,4 +313,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -27,6 +27,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepSche
 from PIL import Image
 from torch import Tensor, nn
 
+from ..commands import COUNT, STEP, as_command
 from .sd3 import begin_with_zeros
 from .train import SAVE_EVERY, optimizers, save, set_rate, steps_left
 
@@ -174,8 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the transformer's folder")
     parser.add_argument("--work", type=Path, help="where the checkpoint is kept")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=COUNT, default=6000)
+    parser.add_argument("--seed", type=STEP, default=0)
     parser.add_argument("--sheet", type=Path, help="only draw samples of --out, as this PNG")
     args = parser.parse_args()
     if args.sheet:
@@ -188,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..commands import COUNT, STEP, as_command
 from . import lumina, scenes, sd3
 from .sd3 import LATENT, SIDE, build_vae, export, load
 
@@ -290,9 +291,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the pipeline folder")
     parser.add_argument("--work", type=Path, help="where checkpoints and latents are kept")
     parser.add_argument("--family", choices=FAMILIES, default="sd3")
-    parser.add_argument("--steps", type=int, default=5900, help="of the transformer")
-    parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=COUNT, default=5900, help="of the transformer")
+    parser.add_argument("--vae-steps", type=COUNT, default=2600)
+    parser.add_argument("--seed", type=STEP, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sheet", type=Path, help="only draw samples of --out, as this PNG")
     args = parser.parse_args()
@@ -313,4 +314,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

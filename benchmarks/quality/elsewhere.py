@@ -30,6 +30,7 @@ from torch import Tensor
 
 import ras
 
+from ..commands import COUNT, as_command
 from ..model.sd3 import load
 from ..tables import grid
 from .drawing import halved, timed, unseen
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.quality.elsewhere", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, default=ras.bundled_model())
-    parser.add_argument("--count", type=int, default=32, help="prompts, both halves together")
+    parser.add_argument("--count", type=COUNT, default=32, help="prompts, both halves together")
     parser.add_argument("--half", choices=("a", "b"), default="b")
     parser.add_argument("--places", nargs="+", help="only those whose names hold one of these")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -128,4 +129,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import ras
 
+from ..commands import COUNT, as_command
 from ..model import scenes
 from ..model.sd3 import LATENT, SIDE, load
 from ..tables import grid
@@ -56,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.quality.inpainting", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, default=ras.bundled_model())
-    parser.add_argument("--count", type=int, default=16, help="scenes")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--count", type=COUNT, default=16, help="scenes")
+    parser.add_argument("--batch", type=COUNT, default=8)
+    parser.add_argument("--steps", type=COUNT, default=STEPS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     pipe = load(options.model)
@@ -171,4 +172,4 @@ def run(
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

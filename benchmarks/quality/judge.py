@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import ras
 
+from ..commands import COUNT, STEP, as_command
 from ..model import scenes, train
 from ..model.sd3 import SIDE, load
 from ..tables import cells, grid
@@ -260,10 +261,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.quality.judge", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--train", action="store_true", help="train the judge, and stop")
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--seed", type=STEP, default=0, help="of the training")
     parser.add_argument("--model", type=Path, default=ras.bundled_model(), help="pipeline folder")
-    parser.add_argument("--count", type=int, default=500, help="captions for the pipeline")
-    parser.add_argument("--batch", type=int, default=20, help="captions per call of the pipeline")
+    parser.add_argument("--count", type=COUNT, default=500, help="captions for the pipeline")
+    parser.add_argument("--batch", type=COUNT, default=20, help="captions per call of the pipeline")
     options = parser.parse_args(argv)
     pipe = load(options.model)
     if options.train:
@@ -299,4 +300,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

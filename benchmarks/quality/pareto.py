@@ -31,7 +31,6 @@ import os
 import platform
 import random
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from ras.cli.info import version
 from ras.cli.loading import DTYPES
 from ras.fingerprint import differences, plain
 
+from ..commands import COUNT, as_command
 from ..model import sd3
 from ..speed import timing
 from ..tables import RESULTS
@@ -64,11 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = sd3.load(options.model).to(options.device)
     if options.dtype != "float32":
         pipe.to(DTYPES[options.dtype])
-    try:
-        ruler = Ruler(pipe, options)
-    except ValueError as error:
-        print(f"benchmarks.quality.pareto: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    ruler = Ruler(pipe, options)
     ruler.measure()
     print(report.write(ruler.results, options.out))
 
@@ -79,11 +75,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=ras.bundled_model(), help="pipeline folder")
     add("--prompts", type=Path, help="a file of one prompt a line, instead of captions")
-    add("--count", type=int, help="prompts, both halves together; 128, or 16 if --quick")
+    add("--count", type=COUNT, help="prompts, both halves together; 128, or 16 if --quick")
     add("--half", choices=("a", "b"), help="only the even (a) or the odd (b) prompts")
-    add("--batch", type=int, help="prompts per call of the pipeline; 16, or 8 if --quick")
+    add("--batch", type=COUNT, help="prompts per call of the pipeline; 16, or 8 if --quick")
     add("--methods", nargs="+", help="only methods whose names hold one of these")
-    add("--settings", type=int, help="at most so many of each rival but fewer steps")
+    add("--settings", type=COUNT, help="at most so many of each rival but fewer steps")
     add("--ablate", action="store_true", help="our policy without each of its parts instead")
     add("--quick", action="store_true", help="fewer prompts, and two settings of each method")
     add("--dtype", choices=DTYPES, default="float32")
@@ -332,4 +328,4 @@ def machine(device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

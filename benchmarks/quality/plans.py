@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ras
 
+from ..commands import COUNT, SPEEDUP, as_command
 from ..model import scenes
 from ..model.sd3 import load
 from .ours import CALIBRATED, STEPS, WHOLE_STEPS, has_partial_steps
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.quality.plans", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, default=ras.bundled_model())
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--speedups", type=float, nargs="+", default=CALIBRATED)
+    parser.add_argument("--prompts", type=COUNT, default=12)
+    parser.add_argument("--speedups", type=SPEEDUP, nargs="+", default=CALIBRATED)
     parser.add_argument("--out", type=Path, default=ras.bundled_model() / "plans")
     parser.add_argument("--whole-steps", type=Path, default=WHOLE_STEPS)
     options = parser.parse_args(argv)
@@ -62,4 +63,4 @@ def save(plan: ras.Plan, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

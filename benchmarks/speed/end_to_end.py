@@ -39,6 +39,7 @@ import ras
 from ras.cli.generate import clock
 from ras.cli.loading import DTYPES
 
+from ..commands import COUNT, DURATION, SHARE, SPEEDUP, STEP, as_command
 from ..tables import NOT_MEASURED, grid
 from .families import FAMILIES
 from .timing import machine, median_interval
@@ -73,19 +74,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--family", choices=FAMILIES, default="sd3", help="gives what is left out below")
-    add("--layers", type=int, default=4)
-    add("--heads", type=int)
-    add("--head-dim", type=int)
-    add("--image-tokens", type=int, default=1024, help="a square number")
-    add("--text-tokens", type=int)
-    add("--batch", type=int, default=1, help="images of a run")
+    add("--layers", type=COUNT, default=4)
+    add("--heads", type=COUNT)
+    add("--head-dim", type=COUNT)
+    add("--image-tokens", type=COUNT, default=1024, help="a square number")
+    add("--text-tokens", type=STEP)
+    add("--batch", type=COUNT, default=1, help="images of a run")
     add("--guidance", action="store_true", help="doubles the transformer's batch or its calls")
-    add("--steps", type=int)
-    add("--resets", type=int, nargs="*")
-    add("--ratios", type=float, nargs="*", default=[0.5, 0.25, 0.125], help="the paper's schedule")
-    add("--speedups", type=float, nargs="*", default=[], help="plans that ras makes by itself")
-    add("--pairs", type=int, default=7, help="rounds of one dense run and one of each setting")
-    add("--seconds", type=float, help="after which no other round begins")
+    add("--steps", type=COUNT)
+    add("--resets", type=STEP, nargs="*")
+    add("--ratios", type=SHARE, nargs="*", default=[0.5, 0.25, 0.125], help="the paper's schedule")
+    add("--speedups", type=SPEEDUP, nargs="*", default=[], help="plans that ras makes by itself")
+    add("--pairs", type=COUNT, default=7, help="rounds of one dense run and one of each setting")
+    add("--seconds", type=DURATION, help="after which no other round begins")
     add("--compile", nargs="?", const="inductor", metavar="BACKEND")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -213,4 +214,4 @@ def megabytes(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,10 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 import ras
 
-from ..checks import MOST_STEPS, shown
+from ..checks import MOST_STEPS
 from ..config import DEFAULT_SPEEDUP
 from . import generate, info, models
 from .loading import DTYPES, quiet
+from .options import number
 
 MOST_PIXELS = 2**15  # of a side
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=_model, help="a pipeline's folder or hub id; default: the bundled model")
     add("--device", type=_device, default=_default_device(), help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
-    add("--seed", type=_number(int, 0, 2**64 - 1), default=0, help="default: %(default)s")
-    add("--steps", type=_number(int, 1, MOST_STEPS), default=28, help="default: %(default)s")
+    add("--seed", type=number(int, 0, 2**64 - 1), default=0, help="default: %(default)s")
+    add("--steps", type=number(int, 1, MOST_STEPS), default=28, help="default: %(default)s")
     add(
         "--speedup",
         type=float,
@@ -93,12 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RATIO",
         help="the paper's schedule instead, in which a sparse step computes that share",
     )
-    add(
-        "--height", type=_number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's"
-    )
-    add("--width", type=_number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's")
+    add("--height", type=number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's")
+    add("--width", type=number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's")
     add("--negative-prompt", type=_prompt, metavar="TEXT", help="what the image does not show")
-    add("--guidance-scale", type=_number(float, 0), metavar="SCALE", help="default: the model's")
+    add("--guidance-scale", type=number(float, 0), metavar="SCALE", help="default: the model's")
     add("--json", action="store_true", help="print the figures as JSON")
 
     listing = commands.add_parser("models", help="print which models are supported, and how")
@@ -107,25 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     describing = commands.add_parser("info", help="print what a bug report needs")
     describing.set_defaults(command=info.main)
     return parser
-
-
-def _number(
-    kind: type[int | float], low: float, high: float = sys.float_info.max
-) -> Callable[[str], float]:
-    """A converter of text into a finite number from `low` to `high`, both included."""
-    noun = "a whole number" if kind is int else "a number"
-    span = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be {noun} {span}, got {shown(text)}")
-        return value
-
-    return convert
 
 
 def _prompt(text: str) -> str:
