@@ -90,9 +90,7 @@ def enable(
         )
     mask = mask if mask is None or mask is False else as_mask(mask)
     _check_plan(config, model, getattr(pipe, "scheduler", scheduler))
-    replaced = _sessions_of(model)
-    if pipe is None:
-        replaced = [each for each in replaced if each.steps_by_hand(scheduler)]
+    replaced = _replaced(model, getattr(pipe, "scheduler", scheduler))
     mounts = [_mount(*each, replaced) for each in families_of(model, family)]
     session = Session(mounts, config, scheduler=scheduler, pipe=pipe, mask=mask)
     for mount in mounts:
@@ -333,10 +331,32 @@ def _sessions_of(model: object) -> list[Session]:
     """The sessions of a pipeline's runs, or all of a transformer."""
     found: dict[Session, None] = {}
     for mount in map(Mount.of, _transformers(model)):
-        for session in [] if mount is None else mount.sessions:
-            if not isinstance(model, PIPELINES) or session.serves(model):
-                found[session] = None
+        if mount is not None:
+            of_all = mount.sessions
+            found |= dict.fromkeys(
+                mount.sessions_of(model) if isinstance(model, PIPELINES) else of_all
+            )
     return list(found)
+
+
+def _replaced(model: object, scheduler: Any) -> list[Session]:
+    """The sessions that end where a model is enabled.
+
+    Its own, those of a bare transformer or a pipeline that is gone with its scheduler, and those
+    whose scheduler is gone; of a bare transformer all but those of other pipelines.
+    """
+    by_hand = not isinstance(model, PIPELINES)
+    everyone: dict[Session, None] = {}
+    for mount in map(Mount.of, _transformers(model)):
+        everyone |= dict.fromkeys([] if mount is None else mount.sessions)
+    return [
+        each
+        for each in everyone
+        if each.scheduler is None
+        or (not by_hand and each.pipeline is model)
+        or (each.is_bare and (by_hand or each.scheduler is scheduler))
+        or (by_hand and each.scheduler is scheduler)
+    ]
 
 
 def _mount(transformer: nn.Module, family: Family, replaced: list[Session]) -> Mount:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import threading
-from types import FrameType
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -13,44 +17,79 @@ from diffusers.modular_pipelines import ModularPipeline
 PIPELINES = DiffusionPipeline, ModularPipeline
 
 
-def calling_pipeline() -> Any | None:
+def calling_pipeline(enabled: Iterable[Any] = ()) -> Any | None:
     """The innermost pipeline with a scheduler whose call is under way in this thread, or None.
 
     Nothing that a transformer is given says whose call it is; the stack does.
+
+    Args:
+        enabled: Pipelines that are found whatever the name of their `__call__`.
     """
+    kinds: Iterable[Any] = map(type, enabled)
+    codes = {_code_of(kind) for kind in kinds}
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "__call__":
-            caller = frame.f_locals.get("self")
+        code = frame.f_code
+        if (code.co_name == "__call__" or code in codes) and code.co_argcount:
+            caller = _first_argument(frame)
             if isinstance(caller, PIPELINES) and getattr(caller, "scheduler", None) is not None:
                 return caller
         frame = frame.f_back
     return None
 
 
+def _first_argument(frame: FrameType) -> Any:
+    names = frame.f_locals
+    found = names.get(frame.f_code.co_varnames[0])
+    if isinstance(names, dict):  # before Python 3.13 a copy, which the frame would keep
+        names.clear()
+    return found
+
+
+@functools.cache
+def _code_of(kind: Any) -> CodeType | None:
+    return getattr(inspect.unwrap(kind.__call__), "__code__", None)
+
+
 class Turn:
     """Lets one thread at a time call a transformer, whose layers are told of one call.
 
-    A thread that has the turn may take it again, once is enough to give it; so that a thread that
-    was interrupted in a call is not in its own way.
+    A thread that has the turn may take it again, and gives it once; so that a thread that was
+    interrupted in a call is not in its own way.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holder: int | None = None
 
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has it."""
+        return self._holder == threading.get_ident()
+
     def take(self) -> None:
-        if self._holder != threading.get_ident():
-            self._lock.acquire()
-            self._holder = threading.get_ident()
+        while self._holder != threading.get_ident():
+            if self._lock.acquire(timeout=1):
+                self._holder = threading.get_ident()
+            elif self._holder not in sys._current_frames():  # that thread has ended in a call
+                self._give_up(self._holder)
 
     def give(self) -> None:
         if self._holder == threading.get_ident():
+            self._give_up(self._holder)
+
+    def _give_up(self, holder: int | None) -> None:
+        if holder is not None and self._holder == holder:
             self._holder = None
             self._lock.release()
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For a `with` block; whoever had it before still has it afterwards."""
+        had = self.mine
         self.take()
-
-    def __exit__(self, *_: object) -> None:
-        self.give()
+        try:
+            yield
+        finally:
+            if not had:
+                self.give()

@@ -48,7 +48,7 @@ def check(pipe: Any, *, family: Family | None = None, **call: Any) -> float:
     for transformer, record in families:
         if not record.regions:
             raise ValueError(f"{type(transformer).__name__} has no partial steps")
-    probes = [_Probe(transformer, record) for transformer, record in families]
+    probes = [_Probe(*each, pipe.scheduler) for each in families]
     for probe in probes:
         probe.listen()
     try:
@@ -72,12 +72,13 @@ def check(pipe: Any, *, family: Family | None = None, **call: Any) -> float:
 class _Probe:
     """A transformer whose calls are made again; it takes the place of a session."""
 
-    def __init__(self, transformer: Any, family: Family) -> None:
+    def __init__(self, transformer: Any, family: Family, scheduler: Any) -> None:
         self.transformer, self.family = transformer, family
         self.errors: list[float] = []
         self.handle: Any = None
         self._mount: Mount | None = None
         self._branch, self._share = Branch(), 0
+        self.scheduler = scheduler
 
     def listen(self) -> None:
         self.handle = self.transformer.register_forward_hook(self._again, with_kwargs=True)
@@ -106,10 +107,7 @@ class _Probe:
     # --- what a mount asks of its session
 
     pipeline = None
-
-    def serves(self, pipe: Any) -> bool:
-        """All calls are ours."""
-        return True
+    has_ended = False
 
     def expects_calls(self) -> bool:
         return True

@@ -104,7 +104,8 @@ class Family:
             check_kind(name, getattr(self, name), Callable, "a function")
         for name in ("pipelines", "blocks"):
             names = getattr(self, name)
-            check_kind(name, names, tuple, "a tuple of names")
+            check_kind(name, names, list | tuple, "a tuple of names")
+            object.__setattr__(self, name, tuple(names))
             for each in names:
                 check_kind(name, each, str, "a tuple of names")
         check_mapping("attention", self.attention, str, Rows, "patterns, and whose rows: ras.Rows")

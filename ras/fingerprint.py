@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+GUIDANCE = "run.guidance_scale"
 SAMPLED = 16  # numbers of each weight
 LEFT_OUT = {"quantization_config"}  # of configurations, beside what begins with an underscore
 
@@ -53,7 +56,7 @@ def of_run(grid: tuple[int, ...], guidance_scale: Any) -> dict[str, Any]:
     """The grid of a run's tokens and its guidance, where they are known."""
     found: dict[str, Any] = {} if not grid else {"run.grid": grid}
     if isinstance(guidance_scale, Real):
-        found["run.guidance_scale"] = float(guidance_scale)
+        found[GUIDANCE] = float(guidance_scale)
     return found
 
 
@@ -82,18 +85,27 @@ def _shown(name: str, values: Mapping[str, Any]) -> str:
 
 def plain(value: Any) -> Any:
     """A value as JSON has it, hashable: lists are tuples, large things digests."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, list | tuple):
         return tuple(plain(each) for each in value)
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(map(str, value)))
     if isinstance(value, Mapping):
         return tuple((str(name), plain(each)) for name, each in value.items())
     if isinstance(value, Tensor):
-        return f"tensor {tuple(value.shape)} {_digest(_bytes(value))}"
+        return f"tensor {tuple(value.shape)} {value.dtype} {_digest(_bytes(value))}"
     if isinstance(value, torch.Generator):
         return f"generator {_digest(_bytes(value.get_state()))}"
-    if isinstance(value, np.ndarray) or hasattr(value, "tobytes"):
-        return f"{type(value).__name__} {_digest(value.tobytes())}"
+    if isinstance(value, np.ndarray | Image.Image):
+        array = np.asarray(value)
+        return f"array {array.shape} {array.dtype} {_digest(array.tobytes())}"
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 

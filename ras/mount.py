@@ -93,14 +93,14 @@ class Mount:
 
     def add(self, session: Session) -> None:
         """Tell a session of the calls from now on."""
-        with self._turn:
+        with self._turn.held():
             if not self.sessions:
                 self._attach()
             self.sessions.append(session)
 
     def remove(self, session: Session) -> None:
         """Tell it no more; with the last one, take off whatever is still ours."""
-        with self._turn:
+        with self._turn.held():
             self.sessions.remove(session)
             if not self.sessions:
                 self._detach()
@@ -127,14 +127,15 @@ class Mount:
             delattr(self.transformer, name)
 
     def _plain_copy(self, memo: dict[int, Any]) -> nn.Module:
-        """A deep copy of the transformer that knows nothing of RAS."""
-        with self._turn:
+        """A deep copy of the transformer as it would be without RAS."""
+        assert self._forward is not None
+        with self._turn.held(), self._forward.lifted():
             delattr(self.transformer, COPY)
             try:
                 copied = copy.deepcopy(self.transformer, memo)
             finally:
                 setattr(self.transformer, COPY, self._plain_copy)
-        for name in (MOUNT, RESET, "forward"):
+        for name in (MOUNT, RESET):
             vars(copied).pop(name, None)
         for module in copied.modules():
             take_off_hooks(module, self)
@@ -235,21 +236,32 @@ class Mount:
             joint=None if rows is None else joint_rows(rows, layout, family.image_first),
         )
 
+    def sessions_of(self, pipe: Any) -> list[Session]:
+        """Those that a pipeline was enabled with, else those of its scheduler."""
+        own = [session for session in self.sessions if session.pipeline is pipe]
+        return own or [each for each in self.sessions if each.scheduler is pipe.scheduler]
+
+    def _pipeline(self) -> Any | None:
+        return calling_pipeline(filter(None, (each.pipeline for each in self.sessions)))
+
     def _caller(self) -> Session | None:
         """The session whose run the call under way belongs to, if any is enabled for it.
 
         Of calls by hand, outside of any pipeline, nobody says whose they are; where more than one
         session may expect them they are left alone.
         """
-        pipe = calling_pipeline()
-        if pipe is None:
-            found = [session for session in self.sessions if session.expects_calls()]
-            return found[0] if len(found) == 1 else None
-        found = [session for session in self.sessions if session.serves(pipe)]
-        if not found:
-            self.sessions[0].tell_of_others(pipe)
-            return None
-        return min(found, key=lambda session: session.pipeline is not pipe)
+        pipe = self._pipeline()
+        if pipe is not None:
+            found = self.sessions_of(pipe)
+            if not found:
+                self.sessions[0].tell_of_others(pipe)
+            return found[-1] if found else None
+        found = [session for session in self.sessions if session.expects_calls()]
+        if len(found) > 1:
+            found = [session for session in found if not session.has_ended]
+        if len(found) > 1:
+            found[0].tell_of_doubt()
+        return found[0] if len(found) == 1 else None
 
     @torch.compiler.disable
     def _before_call(
@@ -259,6 +271,18 @@ class Mount:
         if module is not self.transformer:
             return None
         self._turn.take()
+        if Mount.of(self.transformer) is not self:  # it was taken off while the call waited
+            self._turn.give()
+            return None
+        try:
+            return self._begin_call(args, kwargs)
+        except BaseException:  # forward hooks do not hear of them all
+            self._interrupted()
+            raise
+
+    def _begin_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.call, self._session, self._inputs = None, None, {}
         if self._forward is not None:
             self._forward.before_call()
@@ -295,10 +319,12 @@ class Mount:
 
     @torch.compiler.disable
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if module is not self.transformer:
+        if module is not self.transformer or not self._turn.mine:
             return None
-        with self._turn:
+        try:
             return self._end_call(output)
+        finally:
+            self._turn.give()
 
     def _end_call(self, output: Any) -> Any:
         call, self.call = self.call, None
@@ -365,10 +391,10 @@ class Mount:
 
     def _end_of_call(self, *args: Any, **kwargs: Any) -> None:
         """Do what a pipeline wants when it returns, from an interrupted run too."""
-        pipe = calling_pipeline()
-        for session in self.sessions:
-            if session.is_here() if pipe is None else session.serves(pipe):
-                session.end_of_call()
+        pipe = self._pipeline()
+        here = [session for session in self.sessions if session.is_here()]
+        for session in here if pipe is None else self.sessions_of(pipe):
+            session.end_of_call()
         inherited = getattr(type(self.transformer), RESET, None)
         if inherited is not None:
             inherited(self.transformer, *args, **kwargs)

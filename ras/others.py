@@ -80,11 +80,13 @@ def _foreign_hook(module: nn.Module, transformer: nn.Module) -> str | None:
 
 
 def _forwards(module: nn.Module) -> Iterator[Any]:
-    """A module's `forward`, and what that and each below it has been wrapped around."""
-    function: Any = module.forward
-    while function is not None:
-        yield function
-        function = getattr(function, "__wrapped__", None)
+    """A module's `forward` and its class's, and what each of them has been wrapped around."""
+    seen: list[Any] = [None]
+    for function in list[Any]((module.forward, type(module).forward)):
+        while not any(function is each for each in seen):
+            seen.append(function)
+            yield function
+            function = getattr(function, "__wrapped__", None)
 
 
 def _function(of: Any) -> Any:

@@ -61,14 +61,13 @@ class Plan:
             object.__setattr__(self, "extrapolation", factors)
         if not isinstance(self.note, str):
             raise TypeError(f"note must be text, got {shown(self.note)}")
-        made_for = self.made_for
-        if isinstance(made_for, Mapping):  # pairs have been through here
-            made_for = plain(made_for)
-        if not isinstance(made_for, tuple) or not all(
-            isinstance(pair, tuple) and len(pair) == 2 for pair in made_for
-        ):
+        try:  # pairs are what it has been made to
+            made_for = dict(self.made_for)
+        except (TypeError, ValueError):
+            made_for = {None: None}
+        if not all(isinstance(name, str) for name in made_for):
             raise TypeError(f"made_for must be names and values, got {shown(self.made_for)}")
-        object.__setattr__(self, "made_for", made_for)
+        object.__setattr__(self, "made_for", tuple(sorted(plain(made_for))))
 
     def counts(self, num_tokens: int) -> tuple[int, ...]:
         """The number of image tokens that each step computes, out of `num_tokens`."""
@@ -118,7 +117,8 @@ class Plan:
             lines.append(f'  "extrapolation": [{factors}]')
         if self.made_for:
             pairs = (
-                f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in self.made_for
+                f"    {json.dumps(name)}: {json.dumps(value, allow_nan=False)}"
+                for name, value in self.made_for
             )
             lines.append('  "made_for": {\n' + ",\n".join(pairs) + "\n  }")
         write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .branch import Call, form_of
 from .branches import Branches
+from .callers import calling_pipeline
 from .clock import Clock, is_set, read_clock
 from .config import RASConfig
 from .fingerprint import of_model, of_run
@@ -62,7 +63,7 @@ class Session:
         self.mask = None if mask is False else mask
         self._watches_mask = mask is None and hasattr(pipe, "prepare_mask_latents")
         self._mask_watch: MaskWatch | None = None
-        self._scheduler = scheduler
+        self._scheduler = weakref.ref(scheduler if pipe is None else pipe.scheduler)
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._watch: StepWatch | None = None
         self._branches = Branches(config)
@@ -93,19 +94,15 @@ class Session:
 
     def _follow_scheduler(self) -> Any:
         """Watch the scheduler in use, and return it."""
-        pipe = self.pipeline
-        if pipe is not None:  # a pipeline made of this one's parts may have taken its place
-            self._scheduler = pipe.scheduler
-        if self._watch is None or self._watch.scheduler is not self._scheduler:
+        scheduler = self.scheduler
+        if scheduler is not None and (
+            self._watch is None or self._watch.scheduler is not scheduler
+        ):
             if self._watch is not None:
                 self._watch.remove()
-            self._watch = StepWatch(self._scheduler, self._after_step)
-        return self._scheduler
-
-    @property
-    def pipeline(self) -> Any | None:
-        """The enabled pipeline, as long as there is one."""
-        return None if self._pipe is None else self._pipe()
+            self._scheduler = weakref.ref(scheduler)
+            self._watch = StepWatch(scheduler, self._after_step)
+        return scheduler
 
     def _warn(self, kind: str, message: str) -> None:
         """Warn once of each kind."""
@@ -115,24 +112,42 @@ class Session:
 
     # --- whose calls these are ----------------------------------------------------------------
 
-    def steps_by_hand(self, scheduler: Any) -> bool:
-        """Whether a bare transformer was enabled, or a pipeline with that scheduler."""
-        return self._pipe is None or self._follow_scheduler() is scheduler
+    @property
+    def pipeline(self) -> Any | None:
+        """The enabled pipeline, as long as there is one."""
+        return None if self._pipe is None else self._pipe()
 
-    def serves(self, pipe: Any) -> bool:
-        """Whether a pipeline's runs are this session's: the enabled one's, and of its scheduler."""
-        enabled = self.pipeline
-        scheduler = self._scheduler if enabled is None else enabled.scheduler
-        return pipe is enabled or pipe.scheduler is scheduler
+    @property
+    def scheduler(self) -> Any | None:
+        """The one in use, as long as there is one."""
+        pipe = self.pipeline
+        return self._scheduler() if pipe is None else pipe.scheduler
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether no pipeline was enabled, or it is gone."""
+        return self.pipeline is None
 
     def expects_calls(self) -> bool:
         """Whether a call in this thread that no pipeline makes may be of a run of this session."""
         scheduler = self._follow_scheduler()
-        if not is_set(scheduler):
+        if scheduler is None or not is_set(scheduler):
             return False
         run = self.run
-        under_way = run is not None and run.timesteps is scheduler.timesteps and not run.over
-        return not under_way or self.is_here()
+        if run is None or run.timesteps is not scheduler.timesteps or run.over or self.is_here():
+            return True
+        self._warn(
+            "thread",
+            "a thread calls the transformer while a run of another thread is under way: these "
+            "calls are dense, as a loop by hand is known by its thread",
+        )
+        return False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the scheduler's last run has been made."""
+        run, timesteps = self.run, getattr(self.scheduler, "timesteps", None)
+        return run is not None and run.over and run.timesteps is timesteps
 
     def is_here(self) -> bool:
         """Whether the last run, if there was one, is of this thread."""
@@ -141,9 +156,17 @@ class Session:
     def tell_of_others(self, pipe: Any) -> None:
         """Warn that a pipeline shares the transformer and is not enabled."""
         self._warn(
-            "others",
+            f"others {type(pipe).__name__}",
             f"a {type(pipe).__name__} calls the transformer of an enabled pipeline and is not "
             "enabled itself, so that its runs are dense; call ras.enable on it, too",
+        )
+
+    def tell_of_doubt(self) -> None:
+        """Warn that calls may be of more than one run."""
+        self._warn(
+            "doubt",
+            "a loop by hand calls the transformer while the timesteps of several enabled "
+            "schedulers are set, so that it is dense; set those of its own alone",
         )
 
     # --- a call of a transformer --------------------------------------------------------------
@@ -159,7 +182,7 @@ class Session:
             )
             return None
         scheduler = self._follow_scheduler()
-        if not is_set(scheduler):
+        if scheduler is None or not is_set(scheduler):
             return None  # a call outside of any run
         self._form = form = id(mount), form_of(inputs), mount.family.lengths(inputs)
         layout = self._layout(mount, form, inputs, scheduler)
@@ -242,8 +265,8 @@ class Session:
     def _plan(self, clock: Clock, layout: Layout, masked: Tensor | None) -> RunPlan:
         here: dict[str, Any] = {}
         if self.config.plan is not None and self.config.plan.made_for:
-            guidance = getattr(self.pipeline, "guidance_scale", None)
-            here = {**of_model({}, self._scheduler), **of_run(layout.grid, guidance)}
+            guidance = getattr(calling_pipeline(), "guidance_scale", None)
+            here = {**of_model({}, self.scheduler), **of_run(layout.grid, guidance)}
         count = None if masked is None else masked.shape[1]
         return plan_run(self.config, clock, layout, count, tuple(here.items()))
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -183,6 +184,17 @@ class ForwardSlot:
         if now is not self._ours and not (self.reached and now is self._found):
             self._put()
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Without it, for a `with` block, unless somebody has put another thing on top."""
+        on_top = vars(self._transformer).get("forward") is self._ours
+        self.remove()
+        try:
+            yield
+        finally:
+            if on_top:
+                self._transformer.forward = self._ours
+
     def remove(self) -> None:
         if vars(self._transformer).get("forward") is not self._ours:
             return
@@ -231,22 +243,29 @@ class StepWatch:
     """
 
     def __init__(self, scheduler: Any, observe: Callable[[Tensor], None]) -> None:
-        self.scheduler = scheduler
+        self._scheduler = weakref.ref(scheduler)
         self._before = vars(scheduler).get("step")
         self._observer = _Observer(scheduler, observe)
-        step = _observed_step(type(scheduler), self._observer, self._before)
-        self._step = types.MethodType(step, scheduler)
-        scheduler.step = self._step
+        self._step = _observed_step(type(scheduler), self._observer, self._before)
+        scheduler.step = types.MethodType(self._step, scheduler)
+
+    @property
+    def scheduler(self) -> Any:
+        """As long as there is one."""
+        return self._scheduler()
 
     def remove(self) -> None:
         """Take the method off; if somebody has put another on top of it, it only passes on."""
         self._observer.tell = None
-        if vars(self.scheduler).get("step") is not self._step:
+        scheduler = self.scheduler
+        if scheduler is None:
             return
-        del self.scheduler.step
+        if getattr(vars(scheduler).get("step"), "__func__", None) is not self._step:
+            return
+        del scheduler.step
         covered = getattr(self._before, "observer", None)
         if self._before is not None and (covered is None or covered.tell is not None):
-            self.scheduler.step = self._before
+            scheduler.step = self._before
 
 
 class _Observer:

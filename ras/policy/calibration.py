@@ -24,7 +24,7 @@ from ..checks import MOST_STEPS, check_count, check_kind, check_number, shown
 from ..clock import Clock, carried, position
 from ..config import DEFAULT_SPEEDUP, RASConfig
 from ..files import read_json, write_text
-from ..fingerprint import differences, of_call, of_model, of_run, of_weights, plain
+from ..fingerprint import GUIDANCE, differences, of_call, of_model, of_run, of_weights, plain
 from ..layout import Layout
 from ..plan import DENSE, SKIP, Plan
 from ..run import Run
@@ -137,7 +137,8 @@ def calibrate(
 
     def tried(plan: Plan) -> tuple[float, Plan]:
         name = json.dumps([plan.shares, plan.extrapolation])
-        return log.kept(name, lambda: runs.error(plan, config, bar.update)), plan
+        error = log.kept(name, lambda: runs.error(plan, config, bar.update))
+        return math.inf if error is None else error, plan
 
     def fitted(shares: tuple[float, ...]) -> Plan:
         return Plan(shares, factors(model, clock.sigmas, shares))
@@ -306,13 +307,15 @@ class _Runs:
                 watch.remove()
                 self._noise.clear()
         assert run is not None
+        if not np.isfinite(kernel).all():
+            raise ValueError("calibrate needs finite noise, and that of the dense runs is not")
         clock, layout = run.clock, run.planned.layout
         return {
             "clock": [clock.stages, clock.order, clock.prediction],
             "grid": layout.grid,
             "text": layout.text,
             "kernel": kernel.tolist(),
-            "guidance": getattr(self._pipe, "guidance_scale", None),
+            "guidance": of_run((), getattr(self._pipe, "guidance_scale", None)).get(GUIDANCE),
         }
 
     def _see(self, noise: Tensor) -> None:
@@ -322,8 +325,11 @@ class _Runs:
             self._run, self._noise = session.run, {}
         self._noise.setdefault(self._run.stage, noise)
 
-    def error(self, plan: Plan, config: RASConfig, tick: Callable[[], object]) -> float:
-        """The mean square error of the final latents, as a share of the dense ones'."""
+    def error(self, plan: Plan, config: RASConfig, tick: Callable[[], object]) -> float | None:
+        """The mean square error of the final latents, as a share of the dense ones'.
+
+        None where it is not finite.
+        """
         if not self._final:  # of an interrupted calibration
             self._final = list(self._batches())
         wrong, size = 0.0, 0.0
@@ -332,7 +338,7 @@ class _Runs:
                 wrong += float((final - dense).square().sum())
                 size += float(dense.square().sum())
                 tick()
-        return wrong / size
+        return wrong / size if math.isfinite(wrong) else None
 
 
 class _Log:
@@ -360,5 +366,5 @@ class _Log:
         if name not in self._found:
             self._found[name] = measure()
             if self._path is not None:
-                write_text(self._path, json.dumps(self._found))
+                write_text(self._path, json.dumps(self._found, allow_nan=False))
         return self._found[name]

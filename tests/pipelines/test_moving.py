@@ -8,6 +8,7 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from support import pipelines
 from support.oracle import relative_error
 from support.pipelines import sd3_inputs
@@ -87,6 +88,31 @@ def test_a_deep_copy_of_a_transformer(name):
     ras.disable(pipe)
     dense, pipe.transformer = draw(), other
     assert torch.equal(draw(), dense)
+
+
+class Counting(ModelHook):
+    """A hook of accelerate's, as offloading has them."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        Counting.calls += 1
+        return args, kwargs
+
+
+def test_a_copy_keeps_what_others_have_put_there():
+    """As it does without RAS: what lay beneath is the copy's own."""
+    pipe, call = ENTRIES["flux"].build()
+    add_hook_to_module(pipe.transformer, Counting())
+    ras.enable(pipe, plan=PLAN)
+    other = copy.deepcopy(pipe)
+    assert "forward" in vars(other.transformer) and other.transformer._hf_hook is not None
+    Counting.calls = 0
+    call(STEPS, on=other)
+    assert Counting.calls == STEPS
+    Counting.calls = 0
+    call(STEPS)
+    assert Counting.calls == STEPS - PLAN.count(0)
 
 
 @PARTS

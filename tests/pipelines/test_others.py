@@ -176,6 +176,20 @@ def test_a_forward_of_the_class(monkeypatch):
         ras.enable(pipe)
 
 
+def test_a_forward_of_the_class_later(monkeypatch):
+    pipe, draw = flux()
+    expected = draw()
+    ras.enable(pipe, plan=PARTIAL)
+    forward = type(pipe.transformer).forward
+
+    def patched(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", patched)
+    result, told = noted(draw)
+    assert torch.equal(result, expected) and len(told) == 1 and "test_others.patched" in told[0]
+
+
 # --- what wants all rows --------------------------------------------------------------------------
 
 

@@ -3,8 +3,12 @@
 import copy
 import dataclasses
 import functools
+import gc
+import inspect
 import threading
+import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -14,7 +18,9 @@ from support.snapshot import Snapshot, check_undone
 from support.zoo import ENTRIES
 
 import ras
+from ras import session
 from ras.api import families_of
+from ras.mount import Mount
 
 PLAN = (1, 1, 0.5, 0, 1, 0.25, 0.5, 0)
 STEPS = len(PLAN)
@@ -23,6 +29,7 @@ NAMES = ["sd3", "flux", "qwen", "wan", "z-image"]  # guidance in one call, none,
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),
     pytest.mark.filterwarnings("ignore:a .* calls the transformer:ras.RASWarning"),
+    pytest.mark.filterwarnings("ignore:a thread calls:ras.RASWarning"),
     pytest.mark.usefixtures("no_gradients"),
 ]
 
@@ -167,13 +174,13 @@ def test_on_and_off_one_by_one():
 
 
 def test_enabled_again_is_not_enabled_twice():
-    """By the pipeline, by another one of all its parts, or by hand with its scheduler."""
+    """By the pipeline, or by hand with its scheduler."""
     pipe, _, draw = twins("flux")
     ras.enable(pipe, plan=PLAN)
     expected = draw(on=pipe)
     for model, more in (
         (pipe, {}),
-        (copy.copy(pipe), {}),
+        (pipe.transformer, dict(scheduler=pipe.scheduler)),
         (pipe.transformer, dict(scheduler=pipe.scheduler)),
         (pipe, {}),
     ):
@@ -237,3 +244,184 @@ def test_one_record_for_all_who_share():
         ras.enable(other, plan=PLAN, family=dataclasses.replace(family, note="mine"))
     before.same_as(Snapshot(other), ignoring=("scheduler", "pipe"))
     assert not ras.is_enabled(other) and torch.equal(draw(on=pipe), expected)
+
+
+def test_a_call_that_is_interrupted_before_it_begins(monkeypatch):
+    """While its run is planned, say: the turn is given, and nothing of it is left."""
+    pipe, other, draw = twins("flux")
+    ras.enable(pipe, plan=PLAN)
+    ras.enable(other, plan=PLAN)
+    expected = draw(on=pipe)
+
+    def stop(*_, **__):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "read_clock", stop)
+        (error,) = in_threads(functools.partial(draw, on=pipe))
+    assert isinstance(error, Stop)
+    (result,) = in_threads(functools.partial(draw, on=other))
+    assert torch.equal(result, expected) and torch.equal(draw(on=pipe), expected)
+
+
+def test_a_turn_of_a_thread_that_has_ended():
+    """Another one's forward hook has ended it, of which ours are not told."""
+    pipe, other, draw = twins("flux")
+    ras.enable(pipe, plan=PLAN)
+    ras.enable(other, plan=PLAN)
+    expected = draw(on=pipe)
+
+    def stop(*_):
+        raise Stop
+
+    handle = pipe.transformer.register_forward_pre_hook(stop)
+    (error,) = in_threads(functools.partial(draw, on=pipe))
+    assert isinstance(error, Stop)
+    handle.remove()
+    (result,) = in_threads(functools.partial(draw, on=other))
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_taken_off_while_calls_wait(again):
+    """Runs in three threads, from which RAS is taken in their midst: they end, dense from there."""
+    pipe, other, draw = twins("flux")
+    third = copy.copy(pipe)
+    third.scheduler = copy.deepcopy(pipe.scheduler)
+    pipes = pipe, other, third
+    for each in pipes:
+        ras.enable(each, plan=PLAN)
+    started = threading.Event()
+
+    def began(pipe, step, t, tensors):
+        started.set()
+        return tensors
+
+    def off():
+        started.wait(60)
+        if again:
+            ras.enable(pipe, speedup=2)
+        else:
+            ras.disable(pipe.transformer)
+
+    for _ in range(5):
+        jobs = [functools.partial(draw, on=each, callback_on_step_end=began) for each in pipes]
+        for result in in_threads(*jobs, off)[:3]:
+            assert isinstance(result, torch.Tensor) and result.isfinite().all()
+
+
+def test_loops_by_hand_beside_pipelines():
+    """A loop of a session's scheduler is its run, whatever has been run before, or has gone."""
+    pipe, other, draw = twins("sd3")
+    gone = copy.copy(pipe)
+    gone.scheduler = copy.deepcopy(pipe.scheduler)
+    ras.enable(gone, plan=PLAN)
+    draw(on=gone)
+    del gone
+    inputs = sd3_inputs(pipe, 1)
+    ras.enable(pipe, plan=PLAN)
+    ras.enable(other, speedup=2)
+    for _ in range(2):
+        draw(on=other), draw(on=pipe)
+        loop(pipe.transformer, pipe.scheduler, inputs, STEPS)
+        stats = ras.stats(pipe)
+        assert stats.runs % 2 == 0 and stats.steps_sparse == 3
+        loop(pipe.transformer, other.scheduler, inputs, STEPS)
+        assert ras.stats(other).runs % 2 == 0 and ras.stats(other).steps_skipped == 4
+
+
+def test_schedulers_of_two_that_are_set():
+    """Nobody says whose a loop by hand is then: dense, with one warning."""
+    pipe, other, _ = twins("sd3")
+    inputs = sd3_inputs(pipe, 1)
+    dense = loop(pipe.transformer, pipe.scheduler, inputs, STEPS)
+    ras.enable(pipe, plan=PLAN)
+    ras.enable(other, plan=PLAN)
+    other.scheduler.set_timesteps(STEPS)
+    with pytest.warns(ras.RASWarning, match="several enabled schedulers"):
+        assert torch.equal(loop(pipe.transformer, pipe.scheduler, inputs, STEPS), dense)
+
+
+@pytest.mark.parametrize("keep_caches", [False, True])
+def test_pipelines_that_are_gone_leave_nothing(keep_caches):
+    """Once another one is enabled: neither sessions nor what these kept."""
+    pipe, _, draw = twins("flux")
+    for _ in range(4):
+        other = copy.copy(pipe)
+        other.scheduler = copy.deepcopy(pipe.scheduler)
+        ras.enable(other, plan=PLAN, keep_caches=keep_caches)
+        draw(on=other)
+        del other
+        gc.collect()
+        assert len(Mount.of(pipe.transformer).sessions) == 1
+    ras.enable(pipe, plan=PLAN)
+    (left,) = Mount.of(pipe.transformer).sessions
+    assert left.pipeline is pipe
+
+
+def test_pipelines_of_one_scheduler():
+    """Each has its own settings and statistics, and `disable` of one leaves the other."""
+    pipe, _, draw = twins("flux")
+    other = copy.copy(pipe)
+    ras.enable(pipe, plan=PLAN)
+    ras.enable(other, speedup=2)
+    draw(on=pipe), draw(on=other)
+    assert ras.stats(pipe).steps_sparse == 3 and ras.stats(other).steps_sparse == 0
+    assert ras.stats(pipe).runs == ras.stats(other).runs == 1
+    ras.disable(other)
+    draw(on=other)  # by the session of its scheduler
+    assert ras.stats(pipe).runs == 2 and ras.is_enabled(other)
+
+
+def test_taken_off_within_a_call():
+    """Another pipeline's session ends in a call, which keeps the turn that it has."""
+    pipe, other, draw = twins("flux")
+    ras.enable(pipe, plan=PLAN)
+    expected = draw(on=pipe)
+    ras.enable(other, plan=PLAN)
+    mine = []
+
+    def off(*_):
+        ras.disable(other)
+        copy.deepcopy(pipe.transformer)
+        mine.append(Mount.of(pipe.transformer)._turn.mine)
+
+    pipe.transformer.norm_out.register_forward_pre_hook(off)
+    assert torch.equal(draw(on=pipe), expected) and mine and all(mine)
+
+
+def test_a_call_by_another_name(monkeypatch):
+    pipe, other, draw = twins("flux")
+    kind = type(pipe)
+    ras.enable(pipe, plan=PLAN)
+    ras.enable(other, plan=PLAN)
+    expected, inner = draw(on=pipe), kind.__call__
+
+    def fast_call(pipeline, *args, **kwargs):
+        return plain(pipeline, *args, **kwargs)
+
+    plain = types.FunctionType(
+        inspect.unwrap(inner).__code__.replace(co_name="plain"),
+        inspect.unwrap(inner).__globals__,
+        "plain",
+        inspect.unwrap(inner).__defaults__,
+    )
+    monkeypatch.setattr(kind, "__call__", fast_call)
+    with torch.no_grad():
+        assert torch.equal(draw(on=pipe), expected) and ras.stats(pipe).runs == 2
+
+
+def test_nothing_of_a_call_is_kept():
+    """What a pipeline lets go of in its call is gone: here, its latents between two steps."""
+    pipe, _, draw = twins("flux")
+    ras.enable(pipe, plan=PLAN)
+    seen = []
+
+    def note(pipe, step, t, tensors):
+        gc.collect()
+        assert all(each() is None for each in seen[:-1]), step
+        seen.append(weakref.ref(tensors["latents"]))
+        return tensors
+
+    draw(on=pipe, callback_on_step_end=note)
+    assert len(seen) == STEPS

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from peft import LoraConfig
 from PIL import Image
 from support import pipelines
 from support.pipelines import sd3_inputs
-from support.runs import run
+from support.runs import SCHEDULERS, run
 from support.snapshot import Snapshot, check_undone
 
 import ras
@@ -116,6 +118,7 @@ def test_arguments_count_by_value():
     values = [
         *(1, 2.5, "a", None, [1, 2], (1, 3), {"a": 1}, {"a": 2}),
         *(torch.zeros(3), torch.ones(3), torch.zeros(3, 1), torch.tensor([np.nan] * 3)),
+        *(torch.float16, torch.bfloat16, {1, 2}, {1, 3}, np.zeros((3, 1)), np.zeros(3, int)),
         *(np.zeros(3), np.ones(3), Image.new("L", (2, 2)), Image.new("L", (2, 2), 9)),
         *(generator, torch.Generator().manual_seed(2), object()),
     ]
@@ -312,12 +315,66 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             ras.Plan((1, 1)).save(folder / "other.json")
     with pytest.raises(OSError, match=r"[Dd]irectory"):
         files.write_text(tmp_path, "")
+    path.chmod(0o600)
+    ras.Plan((1, 1)).save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
     link = tmp_path / "link.json"
     link.symlink_to(path)
     ras.Plan((1, 1, 0)).save(link)
     assert link.is_symlink() and ras.Plan.load(path).shares == (1, 1, 0)
     ras.Plan((1, 0)).save("/dev/null")
     assert not Path("/dev/null").is_file()
+
+
+def test_a_file_that_many_write(tmp_path):
+    path = tmp_path / "plan.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: [ras.Plan((1, 0)).save(path) for _ in range(20)], range(8)))
+    assert ras.Plan.load(path) == ras.Plan((1, 0)) and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_schedulers_plan_and_checkpoint_can_be_read(tmp_path, name):
+    """Some have infinities in their configurations."""
+    here = fingerprint.of_model({}, SCHEDULERS[name]())
+    plan = ras.Plan((1, 0), made_for=here)
+    plan.save(tmp_path / "plan.json")
+    found = ras.Plan.load(tmp_path / "plan.json")
+    assert found == plan and hash(found) == hash(plan) and found.unfit(2, here) is None
+
+
+def test_a_plan_made_for_values_of_any_kind(tmp_path):
+    """Numbers of NumPy, lists, what has no end; the order of names is none."""
+    made_for = {"b.c": [1, (2.5, None)], "a.b": np.float32(0.5), "a.c": math.nan, "a.d": -math.inf}
+    plan = ras.Plan((1, 0), made_for=made_for)
+    assert plan == ras.Plan((1, 0), made_for=dict(reversed(made_for.items())))
+    assert plan == ras.Plan((1, 0), made_for=list(made_for.items()))
+    plan.save(tmp_path / "plan.json")
+    assert ras.Plan.load(tmp_path / "plan.json") == plan
+    for wrong in ([(1, 2)], {1: 2}, [1], "ab", 3):
+        with pytest.raises(TypeError, match="made_for must be names and values"):
+            ras.Plan((1, 0), made_for=wrong)
+
+
+def test_guidance_as_numpy_has_it(tmp_path):
+    pipe, path = build(), tmp_path / "log.json"
+    plan = calibrate(pipe, guidance_scale=np.float32(4), checkpoint=path)
+    assert dict(plan.made_for)["run.guidance_scale"] == 4.0
+    assert calibrate(pipe, guidance_scale=np.float32(4), checkpoint=path) == plan
+
+
+def test_the_guidance_is_that_of_the_pipeline_that_runs():
+    """Which may be another one, of the same scheduler."""
+    pipe = build()
+    plan = calibrate(pipe)
+    other = copy.copy(pipe)
+    call = dict(CALL, num_inference_steps=STEPS, output_type="latent")
+    pipe("a", **{**call, "guidance_scale": 7.0})
+    ras.enable(pipe, plan=plan)
+    other("a", **call)
+    assert ras.stats(pipe).plan == plan and ras.stats(pipe).warnings == ()
+    with pytest.warns(ras.RASWarning, match=r"guidance_scale: 4\.0 there, 7\.0 here"):
+        other("a", **{**call, "guidance_scale": 7.0})
 
 
 def test_a_run_by_hand_knows_no_guidance():
