@@ -11,31 +11,22 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.pag.pag_utils import PAGMixin
-from torch import nn
 
 from .callers import PIPELINES
 from .checks import MOST_STEPS, check_count, shown
 from .clock import Clock, read_clock
 from .config import RASConfig
-from .families import family_of
+from .denoisers import blocks_of, denoisers, families_of, record_of, transformers_of
 from .family import Family
 from .fingerprint import differences, of_model
 from .layout import Layout
 from .masks import as_mask
-from .mount import Mount, cache_numbers
+from .mount import cache_numbers
 from .plan import RunPlan
 from .policy.planner import plan_run
 from .session import Session, asks_for_partial_steps
+from .sessions import mount_of, replaced_by, session_of, sessions_of
 from .stats import Stats
-
-DISCRETE = {  # schedulers of tokens out of a vocabulary
-    "AmusedScheduler",
-    "BlockRefinementScheduler",
-    "DiscreteDDIMScheduler",
-    "EntropyBoundScheduler",
-    "VQDiffusionScheduler",
-}
 
 Model = TypeVar("Model")
 
@@ -78,7 +69,7 @@ def enable(
     config = _configured(config, overrides)
     pipe = model if isinstance(model, PIPELINES) else None
     if pipe is None and not callable(getattr(scheduler, "step", None)):
-        name = type(_transformers(model)[0]).__name__
+        name = type(denoisers(model)[0]).__name__
         raise ValueError(
             f"a bare {name} needs the scheduler that its noise is handed to: "
             f"enable(transformer, scheduler=...); got {shown(scheduler)}"
@@ -90,8 +81,8 @@ def enable(
         )
     mask = mask if mask is None or mask is False else as_mask(mask)
     _check_plan(config, model, getattr(pipe, "scheduler", scheduler))
-    replaced = _replaced(model, getattr(pipe, "scheduler", scheduler))
-    mounts = [_mount(*each, replaced) for each in families_of(model, family)]
+    replaced = replaced_by(model, getattr(pipe, "scheduler", scheduler))
+    mounts = [mount_of(*each, replaced) for each in families_of(model, family)]
     session = Session(mounts, config, scheduler=scheduler, pipe=pipe, mask=mask)
     for mount in mounts:
         cache = mount.cache()
@@ -131,7 +122,7 @@ def disable(model: object) -> None:
     A transformer that other enabled pipelines share stays enabled for these; `disable` of the
     transformer itself ends it for all.
     """
-    for session in _sessions_of(model):
+    for session in sessions_of(model):
         session.detach()
 
 
@@ -186,7 +177,7 @@ def compile_repeated_blocks(model: Model, **options: Any) -> Model:
             transformer are.
         TypeError: Neither a pipeline nor a transformer.
     """
-    found = [(transformer, _blocks(transformer)) for transformer in _transformers(model)]
+    found = [(transformer, blocks_of(transformer)) for transformer in denoisers(model)]
     for transformer, blocks in found:
         if not blocks:
             raise ValueError(
@@ -247,8 +238,8 @@ def plan(
         )
     else:
         pipe: Any = model
-        transformer = _transformers(pipe)[0]
-        family, session = _family(transformer, pipe), session_of(pipe)
+        transformer = denoisers(pipe)[0]
+        family, session = record_of(transformer, pipe), session_of(pipe)
         config = RASConfig() if session is None else session.config
         scheduler = pipe.scheduler
         layout = _usual_layout(pipe, transformer, family, session, height, width)
@@ -299,11 +290,6 @@ def _clock(scheduler: Any, steps: int) -> Clock:
     return read_clock(scheduler)
 
 
-def session_of(model: object) -> Session | None:
-    """The session of an enabled pipeline, or the last one of a transformer."""
-    return next(reversed(_sessions_of(model)), None)
-
-
 def _check_plan(config: RASConfig, model: object, scheduler: Any) -> None:
     """Raise ValueError if the plan was made for another model or scheduler."""
     if config.plan is None or not config.plan.made_for:
@@ -315,65 +301,6 @@ def _check_plan(config: RASConfig, model: object, scheduler: Any) -> None:
             f"the plan was made for another model ({'; '.join(told)}); calibrate one for this, or "
             "take made_for out of it"
         )
-
-
-def transformers_of(model: object) -> dict[str, nn.Module]:
-    """The denoisers by their names in the pipeline; a bare one is called transformer."""
-    found = _transformers(model)
-    if not isinstance(model, PIPELINES):
-        return {"transformer": found[0]}
-    pipe: Any = model
-    parts = {role: getattr(part, "_orig_mod", part) for role, part in pipe.components.items()}
-    return {role: part for role, part in parts.items() if any(part is each for each in found)}
-
-
-def _sessions_of(model: object) -> list[Session]:
-    """The sessions of a pipeline's runs, or all of a transformer."""
-    found: dict[Session, None] = {}
-    for mount in map(Mount.of, _transformers(model)):
-        if mount is not None:
-            of_all = mount.sessions
-            found |= dict.fromkeys(
-                mount.sessions_of(model) if isinstance(model, PIPELINES) else of_all
-            )
-    return list(found)
-
-
-def _replaced(model: object, scheduler: Any) -> list[Session]:
-    """The sessions that end where a model is enabled.
-
-    Its own, those of a bare transformer or a pipeline that is gone with its scheduler, and those
-    whose scheduler is gone; of a bare transformer all but those of other pipelines.
-    """
-    by_hand = not isinstance(model, PIPELINES)
-    everyone: dict[Session, None] = {}
-    for mount in map(Mount.of, _transformers(model)):
-        everyone |= dict.fromkeys([] if mount is None else mount.sessions)
-    return [
-        each
-        for each in everyone
-        if each.scheduler is None
-        or (not by_hand and each.pipeline is model)
-        or (each.is_bare and (by_hand or each.scheduler is scheduler))
-        or (by_hand and each.scheduler is scheduler)
-    ]
-
-
-def _mount(transformer: nn.Module, family: Family, replaced: list[Session]) -> Mount:
-    """A transformer's mount: that of the pipelines which share it, unless all are replaced.
-
-    Raises:
-        ValueError: They have another record of it.
-    """
-    found = Mount.of(transformer)
-    if found is None or set(found.sessions) <= set(replaced):
-        return Mount(transformer, family)
-    if found.family != family:
-        raise ValueError(
-            f"this {family.model} is enabled for another pipeline with another record; call "
-            "ras.disable on the transformer first"
-        )
-    return found
 
 
 def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfig:
@@ -389,91 +316,3 @@ def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfi
     if config is not None and {"speedup", "sample_ratio"} & overrides.keys():
         overrides = {"plan": None} | overrides
     return dataclasses.replace(config or RASConfig(), **overrides)
-
-
-def families_of(model: object, family: Family | None = None) -> list[tuple[nn.Module, Family]]:
-    """The transformers of a model, each with its record, or with `family` if that is its class's.
-
-    Raises:
-        TypeError: `family` is no record.
-        ValueError: It is of another class, or names modules that the transformer does not have.
-    """
-    transformers = _transformers(model)
-    if family is not None:
-        if not isinstance(family, Family):
-            raise TypeError(f"family must be a ras.Family, got {shown(family)}")
-        fit = [each for each in transformers if family_of(each, family) is family]
-        if not fit:
-            names = ", ".join(sorted({type(each).__name__ for each in transformers}))
-            raise ValueError(f"family is the record of {family.model}; the model has {names}")
-        for transformer in fit:
-            family.check_names(transformer)
-    return [(each, _family(each, model, family)) for each in transformers]
-
-
-def _family(transformer: nn.Module, model: object, record: Family | None = None) -> Family:
-    """The record of a transformer, of whole steps alone where partial ones cannot be."""
-    family = family_of(transformer, *([] if record is None else [record]))
-    if isinstance(model, PAGMixin):  # it replaces attention processors in each call
-        return Family(family.model, blocks=family.blocks)
-    return family
-
-
-def _blocks(transformer: Any) -> list[nn.Module]:
-    """The blocks that repeat, by our record or by what diffusers says of the class."""
-    lists = family_of(transformer).blocks
-    if lists:
-        return [block for name in lists for block in transformer.get_submodule(name)]
-    kinds = getattr(transformer, "_repeated_blocks", None) or ()
-    return [module for module in transformer.modules() if type(module).__name__ in kinds]
-
-
-def _transformers(model: object) -> list[nn.Module]:
-    """The denoisers of a pipeline, or a bare one, beneath `torch.compile`.
-
-    Raises:
-        ValueError: A pipeline whose denoiser is no transformer, or which no scheduler steps.
-        TypeError: Neither a pipeline nor a transformer.
-    """
-    if not isinstance(model, PIPELINES):
-        found = getattr(model, "_orig_mod", model)
-        if not isinstance(found, nn.Module):
-            raise TypeError(
-                f"expected a DiffusionPipeline or a transformer, got {type(model).__name__}"
-            )
-        if not hasattr(found, "config"):
-            name = type(found).__name__
-            raise TypeError(f"expected a pipeline or a transformer of diffusers, got {name}")
-        if _is_unet(found):
-            raise ValueError(
-                f"{type(found).__name__} is not supported: it is a UNet, no transformer"
-            )
-        return [found]
-    pipe: Any = model
-    name, parts = type(pipe).__name__, pipe.components
-    scheduler = getattr(pipe, "scheduler", None)
-    denoisers = [
-        getattr(part, "_orig_mod", part)
-        for role, part in parts.items()
-        if "transformer" in role and isinstance(part, nn.Module)
-    ]
-    unets = [part for part in parts.values() if _is_unet(part)]
-    if unets:
-        raise ValueError(
-            f"{name} is not supported: its denoiser is a UNet ({type(unets[0]).__name__}), and RAS "
-            "works on transformers"
-        )
-    if not denoisers:
-        raise ValueError(f"{name} is not supported: it has no transformer, which RAS works on")
-    if not callable(getattr(scheduler, "step", None)):
-        raise ValueError(f"{name} is not supported: no scheduler steps its noise")
-    if type(scheduler).__name__ in DISCRETE:
-        raise ValueError(
-            f"{name} is not supported: its diffusion is discrete ({type(scheduler).__name__}), and "
-            "what a step predicts cannot be carried on"
-        )
-    return denoisers
-
-
-def _is_unet(part: object) -> bool:
-    return any("UNet" in base.__name__ for base in type(part).__mro__)

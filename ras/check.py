@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .api import families_of, is_enabled
+from .api import is_enabled
 from .branch import Branch, Call, form_of
+from .denoisers import families_of
 from .family import Family
 from .mount import Mount
 

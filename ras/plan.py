@@ -62,7 +62,7 @@ class Plan:
         if not isinstance(self.note, str):
             raise TypeError(f"note must be text, got {shown(self.note)}")
         try:  # pairs are what it has been made to
-            made_for = dict(self.made_for)
+            made_for = {None: None} if isinstance(self.made_for, str) else dict(self.made_for)
         except (TypeError, ValueError):
             made_for = {None: None}
         if not all(isinstance(name, str) for name in made_for):

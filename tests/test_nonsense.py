@@ -21,7 +21,7 @@ from support.snapshot import Snapshot
 
 import ras
 import ras_kernels
-from ras.api import families_of
+from ras.denoisers import families_of
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -120,6 +120,8 @@ WELCOME = {
     "Family.tested": {"text", "no text"},
     "Family.note": {"text", "no text"},
     "Family.model": {"text"},
+    "Family.pipelines": {"empty"},
+    "Family.blocks": {"empty"},
     "Family.text": {"mapping"},
     "Family.whole": {"text", "no text", "none"},
     "Family.processor": {"none", "class"},
@@ -133,7 +135,7 @@ WELCOME = {
     "Layout.references": {"0"},
     "Plan.extrapolation": {"none"},
     "Plan.note": {"text", "no text"},
-    "Plan.made_for": {"mapping"},
+    "Plan.made_for": {"mapping", "empty"},
     "RASConfig.speedup": {"none", "half", "1e308"},
     "RASConfig.plan": {"none"},
     "RASConfig.sample_ratio": {"none"},

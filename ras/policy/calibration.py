@@ -19,15 +19,17 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..api import enabled, is_enabled, session_of, transformers_of
+from ..api import enabled, is_enabled
 from ..checks import MOST_STEPS, check_count, check_kind, check_number, shown
 from ..clock import Clock, carried, position
 from ..config import DEFAULT_SPEEDUP, RASConfig
+from ..denoisers import transformers_of
 from ..files import read_json, write_text
 from ..fingerprint import GUIDANCE, differences, of_call, of_model, of_run, of_weights, plain
 from ..layout import Layout
 from ..plan import DENSE, SKIP, Plan
 from ..run import Run
+from ..sessions import session_of
 from ..slots import StepWatch
 from .error_model import ErrorModel
 from .planner import TOLERANCE, plan_run, plan_speedup, plan_whole

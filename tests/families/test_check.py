@@ -7,7 +7,7 @@ import torch
 from support.zoo import ENTRIES
 
 import ras
-from ras.api import families_of
+from ras.denoisers import families_of
 from ras.families import family_of
 from ras.layout import Layout, Rows
 

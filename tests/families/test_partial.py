@@ -11,7 +11,7 @@ from support.pipelines import Recorder, normal, sd3_inputs
 from support.runs import check, check_rows, drift_scores, levels, rows_of, run
 
 import ras
-from ras.api import session_of
+from ras.sessions import session_of
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected

@@ -7,8 +7,9 @@ from support.oracle import relative_error
 from support.zoo import ENTRIES
 
 import ras
-from ras.api import families_of, session_of
+from ras.denoisers import families_of
 from ras.mount import cache_numbers
+from ras.sessions import session_of
 
 PLAN = (1, 1, 0.5, 0, 0.25, 1, 0.5, 0)
 NAMES = pytest.mark.parametrize("name", ["flux", "flux-kontext", "qwen", "wan", "z-image", "krea2"])

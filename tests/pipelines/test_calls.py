@@ -21,7 +21,7 @@ from support.runs import (
 )
 
 import ras
-from ras.api import session_of
+from ras.sessions import session_of
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected

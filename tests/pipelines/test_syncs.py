@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ras
-from ras.api import session_of
+from ras.sessions import session_of
 from ras_kernels import _checks
 
 STEPS = 10

@@ -16,8 +16,8 @@ from support.zoo import ENTRIES, REFUSED
 from torch.utils._pytree import tree_leaves
 
 import ras
-from ras.api import session_of
 from ras.families import FAMILIES
+from ras.sessions import session_of
 
 STEPS = 8
 DENSE = {"sky-reels-forcing", "sky-reels-causal"}  # whose own scheduler nobody steps
