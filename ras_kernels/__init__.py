@@ -5,9 +5,10 @@ in `ras_kernels.reference` elsewhere (`backend` tells which). Shapes: B batch, N
 of them, S cached rows, H query heads, G heads of keys and values, D head size, C channels.
 Floating-point tensors are float32, float16 or bfloat16 and of one device per call; any strides do.
 An `index` is `(B, K)`, or `(1, K)` for all samples, int32 or int64, of rows in `[0, N)`, each row
-once per sample. All raise `ValueError` for a wrong shape, dtype, device, value or index, before
-anything is written (an index's range is checked on the CPU alone, since reading it would stall a
-GPU; RAS_KERNELS_CHECK_INDICES=1 in the environment has it checked there, too).
+once per sample. All raise `ValueError` for a wrong shape, dtype, device, value or index, and
+`TypeError` for what is no tensor or no number, before anything is written (an index's range is
+checked on the CPU alone, since reading it would stall a GPU; RAS_KERNELS_CHECK_INDICES=1 in the
+environment has it checked there, too).
 """
 
 from ._triton import backend
