@@ -41,12 +41,12 @@ def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
         tokens, changes, dtype = tokens.float(), changes.float(), tokens.dtype
     else:
         wide, dtype = wide.double(), tokens.dtype
-    output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
-    output[:, :carried] = torch.where(
-        wide == 0, tokens[:, :carried], torch.addcmul(tokens[:, :carried], changes, wide)
-    )
-    output[:, carried:] = tokens[:, carried:]
-    return output
+    # What a gain of 0 keeps out may be NaN, which 0 times is not 0.
+    carried_on = (changes * wide).masked_fill_(wide == 0, 0).add_(tokens[:, :carried])
+    output = carried_on.to(dtype)
+    if carried < tokens.shape[1]:
+        output = torch.cat([output, tokens[:, carried:].to(dtype)], dim=1)
+    return output.contiguous()
 
 
 def sparse_attention(
