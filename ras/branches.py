@@ -30,12 +30,12 @@ class Branches(dict[Any, Branch]):
     @property
     def caches(self) -> list[KVCache]:
         """The keys and values of all."""
-        return [cache for branch in self.values() for cache in branch.caches]
+        return [cache for branch in list(self.values()) for cache in branch.caches]
 
     @property
     def held(self) -> list[Tensor]:
         """All that is kept of those begun; masks, which layers may share, once."""
-        found = [branch.held for branch in self.values() if branch.begun]
+        found = [branch.held for branch in list(self.values()) if branch.begun]
         return [tensor for each in found for tensor in each] + self._masks
 
     @property
@@ -93,15 +93,15 @@ class Branches(dict[Any, Branch]):
         """Reuse nothing of what was, and free it unless it is to be kept."""
         if not self._config.keep_caches:
             self.clear()
-        for branch in self.values():
+        for branch in list(self.values()):
             branch.forget()
 
     def after_step(self, step: int) -> None:
         """Free those not called in a step: guidance has ended, or another transformer goes on."""
         if not self._config.keep_caches or step == 0:
-            for name in [name for name, branch in self.items() if branch.step != step]:
+            for name in [name for name, branch in list(self.items()) if branch.step != step]:
                 del self[name]
-        for branch in self.values():
+        for branch in list(self.values()):
             branch.rows = None
             if branch.step != step:
                 branch.forget()

@@ -151,7 +151,8 @@ class Session:
 
     def is_here(self) -> bool:
         """Whether the last run, if there was one, is of this thread."""
-        return self.run is None or self.run.thread == threading.get_ident()
+        run = self.run
+        return run is None or run.thread == threading.get_ident()
 
     def tell_of_others(self, pipe: Any) -> None:
         """Warn that a pipeline shares the transformer and is not enabled."""
@@ -243,10 +244,10 @@ class Session:
             )
         planned = self._plan(clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
-        self.run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
+        self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
         self._runs += 1
-        self._look_around(self.run)
-        return self.run
+        self._look_around(run)
+        return run
 
     def _look_around(self, run: Run) -> None:
         """Have a run be as dense as what others have put on the transformers since asks for."""
@@ -377,8 +378,9 @@ class Session:
         Args:
             again: Whether the call is going to be made again, in its own place.
         """
-        if again and self.run is not None:
-            self.run.calls[self._form] -= 1
+        run = self.run
+        if again and run is not None:
+            run.calls[self._form] -= 1
         self._unseen_attention = True
         self._forget()
         self._warn(
@@ -455,30 +457,34 @@ class Session:
     def call_failed(self) -> None:
         """Reuse nothing, as there is no telling how far a call came; it does not count as made."""
         self._forget()
-        if self.run is not None:
-            self.run.calls.clear()
+        run = self.run  # another thread may take RAS off
+        if run is not None:
+            run.calls.clear()
 
     # --- what is kept -------------------------------------------------------------------------
 
     def _forget(self) -> None:
         """Reuse nothing of what was, so that the next step is dense."""
         self._note_bytes()
-        if self.run is not None:
-            self.run.leader = None
+        run = self.run
+        if run is not None:
+            run.leader = None
         self._branches.forget()
 
     def _note_bytes(self) -> None:
-        if self.run is None:
+        run = self.run
+        if run is None:
             return
-        selection, tally = self.run.selection, self.run.tally
+        selection, tally = run.selection, run.tally
         held = self._branches.held + ([] if selection is None else selection.tensors)
         tally.cache_bytes = max(tally.cache_bytes, sum(tensor.nbytes for tensor in held))
 
     def end_of_call(self) -> None:
         """Let go of what a run has kept; pipelines call it when they return."""
         self._forget()
-        if self.run is not None:
-            self.run.selection = None
+        run = self.run
+        if run is not None:
+            run.selection = None
         if self._mask_watch is not None:  # the next run may be another pipeline's
             self._mask_watch.mask = None
 
