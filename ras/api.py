@@ -22,6 +22,7 @@ from .fingerprint import differences, of_model
 from .layout import Layout
 from .masks import as_mask
 from .mount import cache_numbers
+from .others import cache_on
 from .plan import RunPlan
 from .policy.planner import plan_run
 from .session import Session, asks_for_partial_steps
@@ -85,7 +86,7 @@ def enable(
     mounts = [mount_of(*each, replaced) for each in families_of(model, family)]
     session = Session(mounts, config, scheduler=scheduler, pipe=pipe, mask=mask)
     for mount in mounts:
-        cache = mount.cache()
+        cache = cache_on(mount.transformer)
         if cache is not None:
             raise ValueError(
                 f"{cache} decides by itself what the transformer computes; take it off before "

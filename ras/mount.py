@@ -18,7 +18,7 @@ from .callers import Turn, calling_pipeline
 from .entry import joint_rows, leave, take, take_arguments, take_outputs
 from .family import Family, matches
 from .layout import Layout, Rows
-from .others import cache_on, change_of_rows
+from .others import change_of_rows
 from .site import Walk
 from .slots import (
     Answer,
@@ -155,10 +155,6 @@ class Mount:
     def obstacle(self) -> str | None:
         """The name of an attention processor that RAS cannot stand in for."""
         return next(filter(None, (layer.obstacle() for layer in self._layers)), None)
-
-    def cache(self) -> str | None:
-        """What decides by itself what the transformer's calls compute, if anything does."""
-        return cache_on(self.transformer)
 
     def change_of_rows(self) -> str | None:
         """What may not take a part of the tokens, if there is anything."""

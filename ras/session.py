@@ -21,6 +21,7 @@ from .fingerprint import of_model, of_run
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
+from .others import cache_on
 from .plan import DENSE, SKIP, RunPlan
 from .policy.planner import plan_run, without_partial_steps
 from .policy.selection import Selection
@@ -251,7 +252,7 @@ class Session:
 
     def _look_around(self, run: Run) -> None:
         """Have a run be as dense as what others have put on the transformers since asks for."""
-        caches = list(filter(None, (mount.cache() for mount in self.mounts)))
+        caches = list(filter(None, (cache_on(mount.transformer) for mount in self.mounts)))
         if caches and not run.planned.dense:
             run.observed = False
             self._warn(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..commands import COUNT, STEP, as_command
 from .sd3 import begin_with_zeros
-from .train import SAVE_EVERY, optimizers, save, set_rate, steps_left
+from .train import train_average
 
 SIDE = 64
 BATCH = 12
@@ -133,30 +133,14 @@ def train(work: Path, out: Path, steps: int, seed: int) -> None:
     """Train on the CPU, leaving the moving average of the weights in `out`."""
     photos = photographs()
     average = build_pipeline(seed).transformer
-    network = copy.deepcopy(average).train()
-    parts = {"model": network, "average": average}
-    parts |= {f"optimizer{i}": o for i, o in enumerate(optimizers(network))}
-    path, done = work / "photos.pt", 0
-    if path.exists():
-        state = torch.load(path)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        done = state["step"]
-    fast = torch.compile(network)
-    for step, figures in steps_left("photos", done, steps, BATCH):
-        loss = figures["loss"] = flow_loss(fast, photos, seed, step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for name in ("optimizer0", "optimizer1"):
-            set_rate(parts[name], step, steps, 2e-3)
-            parts[name].step()
-        network.zero_grad()
-        with torch.no_grad():
-            rate = max(10 / (step + 10), 1e-3)
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), rate)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save(path, step=step + 1, **{key: part.state_dict() for key, part in parts.items()})
-            copy.deepcopy(average).half().save_pretrained(out)
+
+    def loss(network: nn.Module, step: int) -> Tensor:
+        return flow_loss(network, photos, seed, step)
+
+    def keep() -> None:
+        copy.deepcopy(average).half().save_pretrained(out)
+
+    train_average("photos", average, work / "photos.pt", steps, BATCH, loss, keep)
 
 
 def draw_sheet(out: Path, sheet: Path) -> None:

@@ -21,7 +21,7 @@ import json
 import math
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -231,31 +231,57 @@ def train_transformer(
         path: The checkpoint.
         out, steps, seed: See the command line.
     """
+
+    def loss(network: nn.Module, step: int) -> Tensor:
+        return flow_loss(network, family, pipeline, latents, mean, seed, step)
+
     average = pipeline.transformer
+    train_average("transformer", average, path, steps, BATCH, loss, lambda: export(pipeline, out))
+
+
+def train_average(
+    name: str,
+    average: nn.Module,
+    path: Path,
+    steps: int,
+    batch: int,
+    loss_of: Callable[[nn.Module, int], Tensor],
+    keep: Callable[[], None],
+) -> None:
+    """Train a copy of a network, whose weights' moving average is left in `average`.
+
+    Args:
+        name, batch: For what is printed.
+        average: The network to begin with.
+        path: The checkpoint, from which training goes on.
+        steps: In all.
+        loss_of: The loss of the network in a step.
+        keep: Called after each checkpoint.
+    """
     network = copy.deepcopy(average).train()
     parts = {"model": network, "average": average}
     done = 0
     parts |= {f"optimizer{i}": o for i, o in enumerate(optimizers(network))}
     if path.exists():
-        state = torch.load(path, map_location=pipeline.device)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        state = torch.load(path, map_location=next(average.parameters()).device)
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
         done = state["step"]
     fast = torch.compile(network)
-    for step, figures in steps_left("transformer", done, steps, BATCH):
-        loss = figures["loss"] = flow_loss(fast, family, pipeline, latents, mean, seed, step)
+    for step, figures in steps_left(name, done, steps, batch):
+        loss = figures["loss"] = loss_of(fast, step)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for name in ("optimizer0", "optimizer1"):
-            set_rate(parts[name], step, steps, 2e-3)
-            parts[name].step()
+        for key in ("optimizer0", "optimizer1"):
+            set_rate(parts[key], step, steps, 2e-3)
+            parts[key].step()
         network.zero_grad()
         rate = max(10 / (step + 10), 1e-3)
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), rate)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save(path, step=step + 1, **{key: part.state_dict() for key, part in parts.items()})
-            export(pipeline, out)
+            keep()
 
 
 def unseen() -> Iterator[scenes.Scene]:
