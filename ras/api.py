@@ -23,7 +23,7 @@ from .layout import Layout
 from .masks import as_mask
 from .mount import cache_numbers
 from .others import cache_on
-from .plan import RunPlan
+from .plan import Reuse, RunPlan
 from .policy.planner import plan_run
 from .session import Session, asks_for_partial_steps
 from .sessions import mount_of, replaced_by, session_of, sessions_of
@@ -257,7 +257,7 @@ def plan(
     if not planned.partial or transformer is None:
         return planned
     kept, changes = cache_numbers(transformer, family, layout)
-    numbers = kept + (changes if config.kv_correction and planned.extrapolates else 0)
+    numbers = kept + (changes if config.kv_correction and planned.reuse is not Reuse.HELD else 0)
     return dataclasses.replace(planned, cache_bytes=numbers * transformer.dtype.itemsize)
 
 

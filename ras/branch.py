@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .output import HeldOutput, HeldTokens
+from .plan import Reuse
 from .site import KVCache, Walk
 
 
@@ -48,6 +49,11 @@ class Branch:
         """Whether there is anything to reuse."""
         return self.tokens.begun or self.output.begun
 
+    def carry_by(self, share: Tensor) -> None:
+        """Carry noise on by another share of each sample, see `ras.policy.carry`."""
+        self.tokens.carry_by(share)
+        self.output.carry_by(share)
+
     def forget(self) -> None:
         """Reuse nothing of what was, and keep the memory for what comes."""
         self.tokens.begun = self.output.begun = False
@@ -70,7 +76,7 @@ class Call:
         branch: Whose it is.
         sigma: The noise level.
         extrapolation: How what is reused is carried on.
-        extrapolates: Whether any step of the run carries on.
+        reuse: What the run makes of it.
         walk: How its tokens go, where some may stay behind; None for whole outputs.
         unpack: What makes the transformer's output of all tokens.
     """
@@ -78,7 +84,7 @@ class Call:
     branch: Branch
     sigma: float
     extrapolation: float
-    extrapolates: bool
+    reuse: Reuse
     walk: Walk | None = None
     unpack: Callable[[Tensor], list[Tensor]] | None = None
 
@@ -106,7 +112,7 @@ class Call:
         if self.skip:
             return
         if self.walk is None:
-            self.branch.output.take(output, self.sigma, extrapolates=self.extrapolates)
+            self.branch.output.take(output, self.sigma, self.extrapolation, reuse=self.reuse)
         else:
             self.branch.spec = pytree.tree_structure(output)
 

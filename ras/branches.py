@@ -11,6 +11,7 @@ from .branch import Branch
 from .config import RASConfig
 from .layout import Layout
 from .mount import Mount, cache_numbers
+from .plan import Reuse
 from .site import KVCache
 
 
@@ -51,11 +52,11 @@ class Branches(dict[Any, Branch]):
         dtype: torch.dtype,
         layout: Layout,
         *,
-        extrapolates: bool,
+        reuse: Reuse,
         caches: bool,
     ) -> bool:
         """Make room for a branch; False if its keys and values are more than there may be."""
-        carries = extrapolates and self._carries
+        carries = reuse is not Reuse.HELD and self._carries
         if caches and not branch.caches and self._config.max_cache_bytes is not None:
             numbers = cache_numbers(mount.transformer, mount.family, layout)
             kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
@@ -71,7 +72,7 @@ class Branches(dict[Any, Branch]):
             layout,
             dtype,
             latents[0].device,
-            extrapolates=extrapolates,
+            reuse=reuse,
             caches=caches,
             carries=carries,
         )

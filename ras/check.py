@@ -20,6 +20,7 @@ from .branch import Branch, Call, form_of
 from .denoisers import families_of
 from .family import Family
 from .mount import Mount
+from .plan import Reuse
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -130,10 +131,10 @@ class _Probe:
             orders = [torch.randperm(layout.tokens)[:count] for _ in range(batch)]
             branch.rows = torch.stack(orders).to(first.device, torch.int32)
         else:
-            mount.make_room(branch, batch, layout, first.dtype, first.device, extrapolates=False)
+            mount.make_room(branch, batch, layout, first.dtype, first.device, reuse=Reuse.HELD)
         branch.tokens.expect(branch.rows, 1.0, 0.0)
         walk = mount.walk(branch, layout, shared=batch == 1)
-        return Call(branch, 1.0, 0.0, False, walk)
+        return Call(branch, 1.0, 0.0, Reuse.HELD, walk)
 
     def attention_missed(self, *, again: bool) -> None:
         raise AssertionError(

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EXTRAPOLATION = 0.625  # what is taken to go on over an equal distance
 SIGMAS = 0.05, 0.9999  # beyond which the position is taken to stand still: it has no end there
 
 

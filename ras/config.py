@@ -14,7 +14,6 @@ from .checks import check_count, check_number, check_whole, shown
 from .plan import Plan, as_plan
 
 DEFAULT_SPEEDUP = 2.0
-EXTRAPOLATION = 0.625
 PAPER_START, PAPER_RESETS = 4, (12, 20)  # for Stable Diffusion 3 in 28 steps
 SELECTIONS = ("drift", *METRICS)
 
@@ -54,7 +53,8 @@ class RASConfig:
         starvation_scale: How strongly the steps that a region has waited speak for it, at least
             0, see `ras_kernels.select_regions`. Not for `"drift"`.
         extrapolation: What reused noise becomes: the last predicted noise, plus this share of
-            its last change after an equally long time (see `ras.output`), in [0, 1]. 0 holds it.
+            its last change after an equally long time (see `ras.output`), in [0, 1]. 0 holds it;
+            None takes as much as the run has shown so far to go on.
         kv_correction: Whether the keys and values of inactive tokens are carried on in the same
             way, which takes a second cache.
         reuse_text: Whether partial steps leave the text tokens out, so that their last keys and
@@ -83,7 +83,7 @@ class RASConfig:
     metric: str = "drift"
     high_ratio: float = 0.3
     starvation_scale: float = 1.0
-    extrapolation: float = EXTRAPOLATION
+    extrapolation: float | None = None
     kv_correction: bool = True
     reuse_text: bool = False
     keep_caches: bool = False
@@ -128,6 +128,8 @@ class RASConfig:
             )
         for name in ("high_ratio", "extrapolation"):
             value = getattr(self, name)
+            if value is None and name == "extrapolation":
+                continue
             check_number(name, value)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {shown(value)}")

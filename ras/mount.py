@@ -19,6 +19,7 @@ from .entry import joint_rows, leave, take, take_arguments, take_outputs
 from .family import Family, matches
 from .layout import Layout, Rows
 from .others import change_of_rows
+from .plan import Reuse
 from .site import Walk
 from .slots import (
     Answer,
@@ -182,7 +183,7 @@ class Mount:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        extrapolates: bool,
+        reuse: Reuse,
         caches: bool = True,
         carries: bool = False,
     ) -> None:
@@ -193,13 +194,13 @@ class Mount:
             batch: B.
             layout: The tokens of a sample.
             dtype, device: Of what is kept.
-            extrapolates: Whether to keep how the noise changes.
+            reuse: Of the run.
             caches: Whether to keep keys and values, in the place of those there are.
             carries: Whether to keep how these change.
         """
         channels = self.transformer.get_submodule(self.family.leave).out_features
         shape = batch, layout.tokens, channels
-        branch.tokens.allocate(shape, dtype, device, extrapolates=extrapolates)
+        branch.tokens.allocate(shape, dtype, device, reuse=reuse)
         if not caches:
             return
         for cache in branch.caches:

@@ -1,16 +1,19 @@
 """What is reused of a transformer's output: what it last was, and how that was changing.
 
 With `v1` and `v0` the last two predictions, at positions `t1` and `t0`, step t reuses
-`v1 + g * (v1 - v0)`, where `g` is the share that `ras.clock.carried` gives for the distances
+`v1 + s * g * (v1 - v0)`, where `g` is the share that `ras.clock.carried` gives for the distances
 `|t - t1|` and `|t1 - t0|`: 0 at first, `RASConfig.extrapolation` when the time since equals the
 time before, and slower than linear beyond, so that a long gap cannot run away.
+
+`s` is 1 where an extrapolation is asked for; else `ras.policy.carry` measures it in the run.
 
 `HeldTokens` does so token by token, `HeldOutput` with outputs of any form as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch.utils import _pytree as pytree
 import ras_kernels
 
 from .clock import carried, position
+from .plan import Reuse
 from .tokens import read, room, write
 
 
@@ -36,6 +40,7 @@ class HeldTokens:
         self._change: Tensor | None = None  # (B, N, C), v1 - v0; at first from nothing to something
         self._since: Tensor | None = None  # (B, N) float32, t1
         self._gap: Tensor | None = None  # (B, N) float32, t1 - t0, or 0 if there is no v0
+        self._share: Tensor | None = None  # (B, 1) float32, s, where it is measured
         self.begun = False
         """Whether there is anything to reuse, or will be after the call under way."""
 
@@ -45,23 +50,32 @@ class HeldTokens:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        extrapolates: bool,
+        reuse: Reuse,
     ) -> None:
         """Make room, where it was if there is some; `merge` of all tokens is what fills it.
 
         Args:
             shape: `(B, N, C)`.
             dtype, device: Of the noise.
-            extrapolates: Whether to keep how it changes.
+            reuse: Of the run.
         """
         self.begun = False
         self._noise = room(self._noise, shape, dtype, device)
-        change, since, gap = self._change, self._since, self._gap
-        self._change = self._since = self._gap = None
-        if extrapolates:
-            self._change = room(change, shape, dtype, device)
-            self._since = room(since, shape[:2], torch.float32, device)
-            self._gap = room(gap, shape[:2], torch.float32, device)
+        if reuse is Reuse.HELD:
+            self._change = self._since = self._gap = self._share = None
+            return
+        self._change = room(self._change, shape, dtype, device)
+        self._since = room(self._since, shape[:2], torch.float32, device)
+        self._gap = room(self._gap, shape[:2], torch.float32, device)
+        if reuse is Reuse.CARRIED:
+            self._share = None
+            return
+        self._share = room(self._share, (shape[0], 1), torch.float32, device).fill_(1)
+
+    def carry_by(self, share: Tensor) -> None:
+        """Carry noise on by another share, `(S,)`, of samples that the batch has copies of."""
+        if self._share is not None and len(self._share) % len(share) == 0:
+            self._share.copy_(share.repeat(len(self._share) // len(share))[:, None])
 
     @property
     def noise(self) -> Tensor:
@@ -110,9 +124,11 @@ class HeldTokens:
         return ras_kernels.scatter_tokens_(self.noise, rows, fresh).clone()
 
     def predict(self, gain: Tensor | None) -> Tensor:
-        """The noise of all tokens, `(B, N, C)`, carried on by `gain`, or as it is (None)."""
+        """The noise of all tokens, `(B, N, C)`, carried on by s times `gain`; as it is if None."""
         if gain is None or self._change is None:
             return self.noise.clone()
+        if self._share is not None:
+            gain = gain * self._share
         return ras_kernels.carry_tokens(self.noise, self._change, gain)
 
     def gain(self, sigma: float, extrapolation: float) -> Tensor | None:
@@ -129,7 +145,7 @@ class HeldTokens:
     @property
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        kept = (self._noise, self._change, self._since, self._gap)
+        kept = (self._noise, self._change, self._since, self._gap, self._share)
         return [tensor for tensor in kept if tensor is not None]
 
 
@@ -142,32 +158,43 @@ class HeldOutput:
     def __init__(self) -> None:
         self._leaves: list[Any] = []  # for each tensor a HeldTokens of its last dimension's rows
         self._form: Any = None  # of the output, and the shape of each leaf
+        self._listed = False  # whether each tensor is of a sample
         self.begun = False
         """Whether there is anything to reuse."""
 
-    def take(self, output: Any, sigma: float, *, extrapolates: bool) -> None:
+    def take(self, output: Any, sigma: float, extrapolation: float, *, reuse: Reuse) -> None:
         """Note the output of a call at noise level `sigma`, in memory of its own.
 
         Args:
             output: See above.
             sigma: See above.
-            extrapolates: Whether to keep how it changes.
+            extrapolation: Of the step.
+            reuse: Of the run.
         """
         leaves, spec = pytree.tree_flatten(output)
         form = spec, [_kind(leaf) for leaf in leaves]
         if form != self._form:
             self._leaves, self._form, self.begun = [HeldTokens() for _ in leaves], form, False
+            self._listed = any(isinstance(part, list) for part in _parts(output))
         for index, leaf in enumerate(leaves):
             if not _is_float(leaf):
                 self._leaves[index] = leaf.clone() if isinstance(leaf, Tensor) else leaf
                 continue
             held = self._leaves[index]
-            rows = leaf.reshape(1, -1, leaf.shape[-1] if leaf.ndim else 1)
+            samples = len(leaf) if leaf.ndim > 2 and not self._listed else 1
+            rows = leaf.reshape(samples, -1, leaf.shape[-1] if leaf.ndim else 1)
             if not self.begun:
-                held.allocate(rows.shape, leaf.dtype, leaf.device, extrapolates=extrapolates)
-            held.expect(None, sigma, 0.0)
+                held.allocate(rows.shape, leaf.dtype, leaf.device, reuse=reuse)
+            held.expect(None, sigma, extrapolation)
             held.merge(rows, None, None)
         self.begun = True
+
+    def carry_by(self, share: Tensor) -> None:
+        """Carry the tensors on by another share, `(S,)`, of samples that there are copies of."""
+        held = [leaf for leaf in self._leaves if isinstance(leaf, HeldTokens)]
+        shares = share[:, None] if self._listed and len(held) % len(share) == 0 else [share]
+        for leaf, each in zip(held, itertools.cycle(shares)):
+            leaf.carry_by(each)
 
     def predictor(self, sigma: float, extrapolation: float) -> Callable[[], list[Tensor]]:
         """What makes the tensors at noise level `sigma`, of which `finish` makes the output.
@@ -199,6 +226,12 @@ class HeldOutput:
 
 def _predicted(held: list[HeldTokens], gains: list[Tensor | None]) -> list[Tensor]:
     return [tokens.predict(gain) for tokens, gain in zip(held, gains)]
+
+
+def _parts(output: Any) -> tuple[Any, ...]:
+    """An output, and what it is a tuple or a dictionary of."""
+    inner = output.values() if isinstance(output, Mapping) else output
+    return (output, *inner) if isinstance(output, Mapping | tuple) else (output,)
 
 
 def _is_float(leaf: Any) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from numbers import Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .checks import shown
+from .clock import EXTRAPOLATION
 from .files import read_json, write_text
 from .fingerprint import differences, plain
 from .layout import Layout
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the file
 DENSE, SKIP = 1.0, 0.0
+
+
+class Reuse(Enum):
+    """What becomes of reused noise in a run, see `ras.output`."""
+
+    HELD = "as it last was"
+    CARRIED = "goes on as it is told to"
+    MEASURED = "goes on as much as the run has shown so far"
 
 
 @dataclass(frozen=True)
@@ -198,14 +208,18 @@ class RunPlan:
 
     @cached_property
     def extrapolation(self) -> tuple[float, ...]:
-        """How what is reused in each step is carried on."""
-        factors = self.plan.extrapolation
-        return (self.config.extrapolation,) * len(self.counts) if factors is None else factors
+        """How what is reused in each step is carried on, by itself or before it is measured."""
+        if self.plan.extrapolation is not None:
+            return self.plan.extrapolation
+        asked = self.config.extrapolation
+        return (EXTRAPOLATION if asked is None else asked,) * len(self.counts)
 
     @cached_property
-    def extrapolates(self) -> bool:
-        """Whether it is carried on in any step."""
-        return any(self.extrapolation)
+    def reuse(self) -> Reuse:
+        """What becomes of what is reused."""
+        if self.plan.extrapolation is None and self.config.extrapolation is None:
+            return Reuse.MEASURED
+        return Reuse.CARRIED if any(self.extrapolation) else Reuse.HELD
 
     def __str__(self) -> str:
         lines = [str(self.plan), f"speed-up {self.speedup:.3f} ({self.layout})"]

@@ -14,6 +14,7 @@ from .clock import Clock
 from .family import Family
 from .layout import Layout
 from .plan import RunPlan
+from .policy.carry import Carry
 from .policy.selection import Selection
 from .stats import Tally
 
@@ -35,6 +36,7 @@ class Run:
         family: That of the transformer whose call was the step's first.
         first_index: The scheduler's `step_index` at the first step.
         selection: What regions are chosen by.
+        carry: How much of what is expected of reused noise comes; None where it is not measured.
         active: `(S, k)` regions chosen for the step under way, or None.
         leader: The branch whose call was the step's first.
         thread: In which it began.
@@ -53,6 +55,7 @@ class Run:
     family: Family | None = None
     first_index: int | None = None
     selection: Selection | None = None
+    carry: Carry | None = None
     active: Tensor | None = None
     leader: Branch | None = None
     obstacle: str | None = None

@@ -22,7 +22,8 @@ from .layout import Layout
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
 from .others import cache_on
-from .plan import DENSE, SKIP, RunPlan
+from .plan import DENSE, SKIP, Reuse, RunPlan
+from .policy.carry import Carry
 from .policy.planner import plan_run, without_partial_steps
 from .policy.selection import Selection
 from .run import Run
@@ -246,6 +247,8 @@ class Session:
         planned = self._plan(clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
+        if planned.reuse is Reuse.MEASURED:
+            run.carry = Carry()
         self._runs += 1
         self._look_around(run)
         return run
@@ -301,14 +304,16 @@ class Session:
                 "between, so that the run is dense: hand the noise to that scheduler",
             )
             return None
-        kind = dtype, rotary, regions, layout, run.planned.extrapolates
+        kind = dtype, rotary, regions, layout, run.planned.reuse
         branch = self._branches[(*form, ordinal, *kind)]
         begins, branch.step = branch.step != run.step, run.step
         known = branch.begun
         # All stages of a step are of one kind.
         branch.skips = known and not run.count and (begins or branch.skips)
-        extrapolation, extrapolates = run.planned.extrapolation[run.step], run.planned.extrapolates
-        made = partial(Call, branch, run.sigma, extrapolation, extrapolates)
+        extrapolation, reuse = run.planned.extrapolation[run.step], run.planned.reuse
+        made = partial(Call, branch, run.sigma, extrapolation, reuse)
+        if run.carry is not None and run.carry.share is not None:
+            branch.carry_by(run.carry.share)
         if not regions:
             return made()
         family = mount.family
@@ -318,7 +323,7 @@ class Session:
             room = not begins or self._branches.fit()
         else:
             room = self._branches.make_room(
-                branch, mount, latents, dtype, layout, extrapolates=extrapolates, caches=not whole
+                branch, mount, latents, dtype, layout, reuse=reuse, caches=not whole
             )
         if not room:
             self._go_on_by_whole_steps(run)
@@ -409,6 +414,9 @@ class Session:
         run.tally.samples = len(noise)
         packed = self._tokens_of(run, noise)
         leader, tokens = run.leader, None if packed is None else packed[0]
+        if run.carry is not None and first and leader is not None and not run.planned.dense:
+            dense = not leader.skips and leader.rows is None
+            run.carry.observe(noise, sigma, dense=dense)
         if packed is not None and first and leader is not None and not leader.skips:
             if run.selection is None:
                 run.selection = Selection(self.config, packed[1], run.masked)
@@ -420,7 +428,7 @@ class Session:
         self._branches.after_step(step)
         if run.over:
             self._forget()
-            run.selection = None
+            run.selection = run.carry = None
         elif (
             tokens is not None
             and run.selection is not None
@@ -476,16 +484,17 @@ class Session:
         run = self.run
         if run is None:
             return
-        selection, tally = run.selection, run.tally
-        held = self._branches.held + ([] if selection is None else selection.tensors)
-        tally.cache_bytes = max(tally.cache_bytes, sum(tensor.nbytes for tensor in held))
+        held = self._branches.held
+        held += [] if run.selection is None else run.selection.tensors
+        held += [] if run.carry is None else run.carry.tensors
+        run.tally.cache_bytes = max(run.tally.cache_bytes, sum(tensor.nbytes for tensor in held))
 
     def end_of_call(self) -> None:
         """Let go of what a run has kept; pipelines call it when they return."""
         self._forget()
         run = self.run
         if run is not None:
-            run.selection = None
+            run.selection = run.carry = None
         if self._mask_watch is not None:  # the next run may be another pipeline's
             self._mask_watch.mask = None
 

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from ..clock import Clock
-from ..config import DEFAULT_SPEEDUP, EXTRAPOLATION, RASConfig
+from ..clock import EXTRAPOLATION, Clock
+from ..config import DEFAULT_SPEEDUP, RASConfig
 from ..layout import Layout
 from ..plan import DENSE, SKIP, Plan, RunPlan, speedup_of
 from .error_model import ErrorModel, covariance
@@ -78,7 +78,7 @@ def _of_least_error(
     pinned |= resets(config.error_reset_steps or (), steps)
     pinned = {step for step in pinned if step < steps}
     hold = config.extrapolation == 0
-    kernel = covariance(clock, EXTRAPOLATION if hold else config.extrapolation)
+    kernel = covariance(clock, config.extrapolation or EXTRAPOLATION)
     model = ErrorModel(clock.weights, kernel, hold=hold)
     if not layout.grid:
         return plan_whole(model, speedup, pinned)

@@ -180,8 +180,9 @@ def test_bytes_by_hand():
     with ras.enabled(pipe, plan=PARTIAL):
         run(pipe, inputs)
         drift = guided + 3 * SAMPLES * REGIONS * 4  # a pace, a position and a wait for each region
-        positions = 2 * both * REGIONS * 4
-        expected = 3 * 2 * (key + change) + 2 * kept + positions + drift
+        positions = (2 * REGIONS + 1) * both * 4  # two of each token, and s
+        shown = 2 * guided + SAMPLES * 4  # the last two of all tokens, and s
+        expected = 3 * 2 * (key + change) + 2 * kept + positions + drift + shown
         assert ras.stats(pipe).cache_bytes == expected
     with ras.enabled(pipe, plan=PARTIAL, extrapolation=0.0, metric="std"):
         run(pipe, inputs)

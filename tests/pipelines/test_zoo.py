@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.oracle import gain, position
+from support.oracle import carried_on, gain, position
 from support.zoo import ENTRIES, REFUSED
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +29,7 @@ class Calls:
     """Notes each call of a pipeline's transformers from outside of them."""
 
     def __init__(self, monkeypatch, pipe, entry):
-        self.made, self.steps = [], 0
+        self.made, self.steps, self.guided = [], 0, []
         models = [getattr(pipe, name) for name in entry.transformers]
         for model in models:
             model.register_forward_pre_hook(self.begin, with_kwargs=True)
@@ -40,7 +40,9 @@ class Calls:
 
         @wraps(step)
         def counted(scheduler, *args, **kwargs):
-            self.steps += scheduler is pipe.scheduler
+            if scheduler is pipe.scheduler:
+                self.steps += 1
+                self.guided.append((args[0] if args else kwargs["model_output"]).clone())
             return step(scheduler, *args, **kwargs)
 
         monkeypatch.setattr(type(pipe.scheduler), "step", counted)
@@ -81,20 +83,27 @@ class Calls:
 def check_skipped(calls, session):
     """Each skipped call gives what the last two of its branch lead to."""
     calls.branches()
-    stages, checked = session.run.clock.stages, 0
+    stages, checked, dense = session.run.clock.stages, 0, {}
+    for call in calls.made:
+        dense.setdefault(call.step, call.computed)
     for at, call in enumerate(calls.made):
         if call.computed:
             continue
         before = [c for c in calls.made[:at] if c.computed and c.branch == call.branch]
         assert before, "nothing of this branch was computed before"
         now, last = position(stages[call.step]), before[-1]
+        steps = [step for step in range(call.step) if dense[step]]
+        seen = [(step, position(stages[step]), calls.guided[step]) for step in steps]
+        shares = carried_on(seen, now)[1]
         older = [c for c in before if stages[c.step] != stages[last.step]][-1:]
         for leaf, (index, kept) in zip(call.output, enumerate(last.output)):
             expected = kept
             if older and kept.is_floating_point():
                 t1, t0 = position(stages[last.step]), position(stages[older[0].step])
-                g = gain(abs(now - t1), abs(t1 - t0), session.config.extrapolation).to(kept)
-                expected = kept + g * (kept - older[0].output[index])
+                g = gain(abs(now - t1), abs(t1 - t0), 0.625).to(kept)
+                share = shares if len(shares) == 1 else shares.repeat(len(kept) // len(shares))
+                share = share.to(kept).reshape(-1, *[1] * (kept.ndim - 1))
+                expected = kept + share * g * (kept - older[0].output[index])
             torch.testing.assert_close(leaf, expected, rtol=1e-4, atol=1e-5)
             checked += 1
     return checked
@@ -129,6 +138,7 @@ def test_whole_steps(name, monkeypatch):
     ras.enable(pipe)
     calls.made.clear()
     calls.steps = 0
+    calls.guided.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = tree_leaves(run(STEPS))

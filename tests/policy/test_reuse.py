@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
-from support.oracle import gain, relative_error
+from support.oracle import carried_on, gain, relative_error
 from support.pipelines import normal
 from support.runs import drift_scores, held_like, merged, predicted
 from torch.utils._pytree import tree_leaves
@@ -15,6 +15,8 @@ import ras
 import ras_kernels
 from ras.clock import position
 from ras.output import HeldOutput
+from ras.plan import Reuse
+from ras.policy.carry import Carry
 from ras.policy.selection import Selection
 
 pytestmark = [
@@ -90,10 +92,10 @@ def test_reuse_between_updates():
         assert relative_error(predicted(held, sigma, 0.62), expected) < 1e-5
 
 
-@pytest.mark.parametrize("extrapolates", [False, True])
-def test_held_noise_is_a_copy_to_the_bit(extrapolates):
+@pytest.mark.parametrize("reuse", Reuse)
+def test_held_noise_is_a_copy_to_the_bit(reuse):
     updates = some_updates()
-    held = held_like(updates[0][2], extrapolates)
+    held = held_like(updates[0][2], reuse)
     latest = torch.zeros_like(updates[0][2])
     for (_, rows, noise), out in zip(updates, held_run(held, updates, 0.0)):
         for b in range(2):
@@ -135,6 +137,86 @@ def test_one_prediction_is_all_there_is_to_reuse():
     assert torch.equal(predicted(held, 0.5, 0.62), normal(1, 4, 3))
 
 
+# --- how much goes on -----------------------------------------------------------------------------
+
+PLAN = (1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0)
+LEVELS = (0.97, 0.94, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+
+def shares_of(noises, plan=PLAN):
+    """What is measured in each step of a plan, and what should be."""
+    carry, seen = Carry(), []
+    for step, (level, dense) in enumerate(zip(LEVELS, plan)):
+        expected = carried_on(seen, position(level))[1] if seen else torch.ones(len(noises[0]))
+        yield torch.ones(len(noises[0])) if carry.share is None else carry.share, expected.float()
+        carry.observe(noises[step], level, dense=dense == 1)
+        if dense:
+            seen.append((step, position(level), noises[step]))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_as_much_goes_on_as_has_gone_on(scale):
+    noises = [scale * normal(3, 4, 6, 5, seed=seed) for seed in range(len(PLAN))]
+    for step, (found, expected) in enumerate(shares_of(noises)):
+        torch.testing.assert_close(found, expected)
+        assert (expected == 1).all() == (step < 4)  # the first stretch has ended then
+
+
+@pytest.mark.parametrize("q, share", [(1, 1), (0, 0.5), (-1, 0), (-9, 0), (2.5, 1.75), (9, 2)])
+def test_shares_by_hand(q, share):
+    """What came was q times what had been expected to."""
+    first, change = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    t = [position(level) for level in LEVELS]
+    due = gain(t[1] - t[3], t[0] - t[1], 0.625).float() * change
+    noises = [first, first + change, None, first + change + q * due]
+    noises[2] = torch.full_like(first, torch.nan)  # reused, and of no account
+    found = list(shares_of([*noises, first], PLAN[:5]))[-1][0]
+    torch.testing.assert_close(found, torch.full((2,), float(share)), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_finite_teaches_nothing():
+    noises = [normal(2, 3, 4, seed=seed) for seed in range(len(PLAN))]
+    noises[3][0, 1, 2] = torch.inf
+    noises[7] = noises[4] = noises[3].clone()  # nothing changes
+    *_, (found, _) = shares_of(noises)
+    assert found.isfinite().all()
+
+
+def test_other_samples_begin_anew():
+    carry = Carry()
+    for step, dense in enumerate((1, 1, 0, 1)):
+        carry.observe(normal(2, 3, 4, seed=step), LEVELS[step], dense=dense == 1)
+    assert carry.share.shape == (2,)
+    carry.observe(normal(3, 3, 4), LEVELS[4], dense=True)
+    assert torch.equal(carry.share, torch.ones(3))
+
+
+def test_shares_of_guidance_copies_and_of_lists():
+    """Each sample has its own, in a batch of copies, and in a list of one tensor for each."""
+    share, change = torch.tensor([0.5, 2.0]), normal(4, 3, 5, seed=1)
+    held, listed = HeldOutput(), HeldOutput()
+    for at, level in enumerate((0.9, 0.8)):
+        output = normal(4, 3, 5) + at * change
+        held.take(output, level, 0.625, reuse=Reuse.MEASURED)
+        listed.take((list(output),), level, 0.625, reuse=Reuse.MEASURED)
+    t0, t1, t = (position(level) for level in (0.9, 0.8, 0.5))
+    due = gain(t1 - t, t0 - t1, 0.625).float() * change * share.repeat(2)[:, None, None]
+    for each in (held, listed):
+        each.carry_by(share)
+        found = each.finish(each.predictor(0.5, 0.625)())
+        found = found if torch.is_tensor(found) else torch.stack(found[0])
+        torch.testing.assert_close(found, normal(4, 3, 5) + change + due, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_that_cannot_be_told_go_on_as_they_are_expected_to():
+    held, noise = HeldOutput(), normal(3, 4, 5)
+    for at, level in enumerate((0.9, 0.8)):
+        held.take(noise + at, level, 0.625, reuse=Reuse.MEASURED)
+    before = held.finish(held.predictor(0.5, 0.625)())
+    held.carry_by(torch.tensor([0.5, 2.0]))
+    assert torch.equal(held.finish(held.predictor(0.5, 0.625)()), before)
+
+
 # --- outputs of any form --------------------------------------------------------------------------
 
 
@@ -160,7 +242,7 @@ def test_outputs_of_any_form(form):
     held, noises = HeldOutput(), [normal(2, 3, 4, seed=seed) for seed in range(3)]
     for sigma, noise in zip((0.95, 0.8, 0.6), noises):
         output = form(noise.clone())
-        held.take(output, sigma, extrapolates=True)
+        held.take(output, sigma, 0.62, reuse=Reuse.CARRIED)
         for leaf in tree_leaves(output):
             if torch.is_tensor(leaf) and leaf.dtype == torch.float32:
                 leaf.zero_()  # the caller may write to what is his
@@ -185,8 +267,8 @@ def test_outputs_of_any_form(form):
 def test_an_output_of_another_form_begins_anew():
     held = HeldOutput()
     for noise in (normal(2, 3), normal(2, 3, seed=1), normal(3, 3), normal(3, 3).double()):
-        held.take((noise,), 0.9 - 0.01 * len(noise), extrapolates=True)
-    (found,) = held.finish(held.predictor(0.3, 0.62)())
+        held.take((noise,), 0.9 - 0.01 * len(noise), 0.625, reuse=Reuse.MEASURED)
+    (found,) = held.finish(held.predictor(0.3, 0.625)())
     assert torch.equal(found, normal(3, 3).double())
 
 

@@ -32,6 +32,34 @@ def gain(ahead, behind, extrapolation):
     return torch.where((a > 0) & (b > 0), g, 0.0)
 
 
+def carried_on(seen, now, extrapolation=0.625):
+    """The guided noise of a step that computes nothing, and s of each sample there.
+
+    Args:
+        seen: `(step, position, guided noise)` of each step of all tokens before, the samples first.
+        now: The position.
+        extrapolation: What is taken to go on.
+    """
+    share = torch.ones(len(seen[0][2]), dtype=torch.float64)
+
+    def expected(at, position):
+        (_, t0, v0), (_, t1, v1) = seen[at - 1 : at + 1]
+        return (v1 - v0).double() * gain(abs(position - t1), abs(t1 - t0), extrapolation)
+
+    for at in range(2, len(seen)):
+        step, position, noise = seen[at]
+        if step == seen[at - 1][0] + 1:
+            continue
+        for sample, e in enumerate(expected(at - 1, position)):
+            came = (noise - seen[at - 1][2])[sample].double()
+            if (e**2).sum() > 0:
+                share[sample] = min(max((1 + (came * e).sum() / (e**2).sum()) / 2, 0), 2)
+    last = seen[-1][2].double()
+    if len(seen) > 1:
+        last = last + share.reshape(-1, *[1] * (last.ndim - 1)) * expected(len(seen) - 1, now)
+    return last.to(seen[-1][2]), share
+
+
 def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
 

@@ -26,6 +26,7 @@ import ras
 from ras.clock import Clock
 from ras.layout import Layout
 from ras.output import HeldTokens
+from ras.plan import Reuse
 from ras.policy.planner import plan_run
 from support import pipelines
 from support.oracle import NOBODY, Oracle, position, relative_error
@@ -333,10 +334,10 @@ def drift_scores(updates, sigma, width=6):
     return scores
 
 
-def held_like(noise, extrapolates=True):
+def held_like(noise, reuse=Reuse.CARRIED):
     """Room for noise of this shape."""
     held = HeldTokens()
-    held.allocate(noise.shape, noise.dtype, noise.device, extrapolates=extrapolates)
+    held.allocate(noise.shape, noise.dtype, noise.device, reuse=reuse)
     return held
 
 
