@@ -2,19 +2,19 @@
 
 Reuse carries noise on by a share `g` of its last change (see `ras.output`), which was chosen for
 guidance as it mostly is. Noise without guidance goes on further. A strong one pulls it back where
-it went too far, so that what is carried on too far swings, as explicit solvers of stiff equations
-do. So each step of all tokens at which a stretch of reuse ends compares what has come since the
-last one, `v - v1`, with what `g` made of it, `e = g * (v1 - v0)`, on guided noise and sample by
-sample:
+it went too far, so that what is carried on swings, as explicit solvers of stiff equations do. So
+each step of all tokens at which a stretch of reuse ends compares what has come since the last one,
+`v - v1`, with what `g` made of it, `e = g * (v1 - v0)`, on guided noise and sample by sample:
 
-    q = <v - v1, e> / <e, e>        s = (1 + q) / 2, as far as that is in [0, 2]
+    q = <v - v1, e> / <e, e>        s = 1 + q  if q < 0,    1  up to q = 1,    q  beyond
 
-The next stretch is carried on by `s * g`, in all branches of guidance alike; the first by `g`.
-Steps of all tokens with no reuse between teach nothing: from one to the next noise jitters, and
-takes back much of what it did, which over a stretch it does not.
+as far as that is in [0, 2]. The next stretch is carried on by `s * g`, in all branches of guidance
+alike; the first by `g`. Between 0 and 1 nothing swings, and `g` is what was chosen for that. Steps
+of all tokens with no reuse between teach nothing: from one to the next noise jitters, and takes
+back much of what it did, which over a stretch it does not.
 
-That half of what is measured counts was chosen on the bundled model at guidance 1, 4 and 7 in 4 to
-28 steps; that neighbouring steps do not count, on the photographs of `benchmarks.model.photos` too.
+The rule was chosen on the bundled model at guidance 1, 4 and 7 in 6 to 28 steps; that neighbouring
+steps do not count, on the photographs of `benchmarks.model.photos` too.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ class Carry:
             return
         expected = ((v1.float() - v0) * carried(ahead, behind, EXTRAPOLATION)).flatten(1)
         came = (noise.float() - v1).flatten(1)
-        found = (1 + (came * expected).sum(1) / expected.square().sum(1)) / 2
+        q = (came * expected).sum(1) / expected.square().sum(1)
+        found = q.clamp(1, MOST) + q.clamp(-1, 0)
         # Where nothing was expected, or something is not finite, nothing is learnt.
-        self.share = torch.where(found.isfinite(), found.clamp(0, MOST), share)
+        self.share = torch.where(found.isfinite(), found, share)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -162,7 +162,9 @@ def test_as_much_goes_on_as_has_gone_on(scale):
         assert (expected == 1).all() == (step < 4)  # the first stretch has ended then
 
 
-@pytest.mark.parametrize("q, share", [(1, 1), (0, 0.5), (-1, 0), (-9, 0), (2.5, 1.75), (9, 2)])
+@pytest.mark.parametrize(
+    "q, share", [(1, 1), (0.3, 1), (0, 1), (-0.4, 0.6), (-1, 0), (-9, 0), (1.7, 1.7), (9, 2)]
+)
 def test_shares_by_hand(q, share):
     """What came was q times what had been expected to."""
     first, change = normal(2, 3, 4), normal(2, 3, 4, seed=1)

@@ -53,7 +53,8 @@ def carried_on(seen, now, extrapolation=0.625):
         for sample, e in enumerate(expected(at - 1, position)):
             came = (noise - seen[at - 1][2])[sample].double()
             if (e**2).sum() > 0:
-                share[sample] = min(max((1 + (came * e).sum() / (e**2).sum()) / 2, 0), 2)
+                q = (came * e).sum() / (e**2).sum()
+                share[sample] = min(max(1 + q, 0), 1) if q < 0 else min(max(q, 1), 2)
     last = seen[-1][2].double()
     if len(seen) > 1:
         last = last + share.reshape(-1, *[1] * (last.ndim - 1)) * expected(len(seen) - 1, now)
