@@ -4,19 +4,21 @@ from pathlib import Path
 
 from ras_kernels import __version__
 
-from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, plan, stats
+from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, learn, plan, stats
 from .check import check
 from .config import RASConfig
 from .family import Family
 from .layout import Layout, Rows
 from .plan import Plan, RunPlan
 from .policy.calibration import calibrate
+from .policy.learning import Learned
 from .session import RASWarning
 from .stats import Stats
 
 __all__ = [
     "Family",
     "Layout",
+    "Learned",
     "Plan",
     "RASConfig",
     "RASWarning",
@@ -32,6 +34,7 @@ __all__ = [
     "enable",
     "enabled",
     "is_enabled",
+    "learn",
     "plan",
     "stats",
 ]

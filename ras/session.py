@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import warnings
 import weakref
@@ -17,6 +18,7 @@ from .branches import Branches
 from .callers import calling_pipeline
 from .clock import Clock, is_set, read_clock
 from .config import RASConfig
+from .denoisers import transformers_of
 from .fingerprint import of_model, of_run
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
@@ -24,6 +26,7 @@ from .mount import Mount
 from .others import cache_on
 from .plan import DENSE, SKIP, Reuse, RunPlan
 from .policy.carry import Carry
+from .policy.learning import Lesson
 from .policy.planner import plan_run, without_partial_steps
 from .policy.selection import Selection
 from .run import Run
@@ -73,6 +76,8 @@ class Session:
         self._warnings: dict[str, str] = {}
         self._form: Any = None  # of the last call
         self._unseen_attention = False
+        self._to_learn = False  # whether the next run is to be learnt from
+        self._learns_into: Any = None  # the file for it
 
     # --- on and off ---------------------------------------------------------------------------
 
@@ -249,6 +254,8 @@ class Session:
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
         if planned.reuse is Reuse.MEASURED:
             run.carry = Carry()
+        if self._to_learn:
+            run.lesson = Lesson()
         self._runs += 1
         self._look_around(run)
         return run
@@ -268,12 +275,48 @@ class Session:
             run.obstacle = next(changes, None)
 
     def _plan(self, clock: Clock, layout: Layout, masked: Tensor | None) -> RunPlan:
-        here: dict[str, Any] = {}
-        if self.config.plan is not None and self.config.plan.made_for:
-            guidance = getattr(calling_pipeline(), "guidance_scale", None)
-            here = {**of_model({}, self.scheduler), **of_run(layout.grid, guidance)}
+        if self._to_learn:
+            dense = dataclasses.replace(self.config, speedup=1.0, plan=None, sample_ratio=None)
+            return plan_run(dense, clock, layout)
         count = None if masked is None else masked.shape[1]
-        return plan_run(self.config, clock, layout, count, tuple(here.items()))
+        return plan_run(self.config, clock, layout, count, self._here(layout))
+
+    def _here(self, layout: Layout) -> tuple[tuple[str, Any], ...]:
+        """What plans, and what was learnt, may have been made for."""
+        plan, learned = self.config.plan, self.config.learned
+        if not (plan and plan.made_for) and learned is None:
+            return ()
+        guidance = getattr(calling_pipeline(), "guidance_scale", None)
+        return tuple({**of_model({}, self.scheduler), **of_run(layout.grid, guidance)}.items())
+
+    # --- learning -----------------------------------------------------------------------------
+
+    def learn(self, file: Any) -> None:
+        """Learn from the next run, and write what there was into a file, if one is given."""
+        self._to_learn, self._learns_into = True, file
+        self._forget()
+        self.run = None
+
+    def _take_in(self, run: Run, lesson: Lesson) -> None:
+        """Plan by what a dense run has shown from now on."""
+        guidance = getattr(calling_pipeline(), "guidance_scale", None)
+        model = self.mounts[0].transformer if self.pipeline is None else self.pipeline
+        made_for = {**of_model(transformers_of(model), self.scheduler), **of_run((), guidance)}
+        learned = lesson.learnt(run.clock, made_for)
+        if learned is None:
+            self._warn(
+                "lesson",
+                "there was nothing to learn from a run with steps left out, or with noise that is "
+                "not finite; the next one is dense, too",
+            )
+            return
+        known = self.config.learned
+        if known is not None and known.fits(run.clock, made_for):
+            learned = known.joined(learned)
+        self._to_learn = False
+        self.config = dataclasses.replace(self.config, learned=learned)
+        if self._learns_into is not None:
+            learned.save(self._learns_into)
 
     def masked(self, layout: Layout) -> Tensor | None:
         """The regions under the mask, `(S, k)`, or None without one."""
@@ -371,7 +414,8 @@ class Session:
         """Plan a run anew that cannot keep its keys and values."""
         self._forget()
         self._branches.clear()
-        run.planned = without_partial_steps(run.planned, run.clock)
+        here = self._here(run.planned.layout)
+        run.planned = without_partial_steps(run.planned, run.clock, here)
         self._warn(
             "memory",
             f"keys and values take more than max_cache_bytes={self.config.max_cache_bytes}, so "
@@ -414,6 +458,8 @@ class Session:
         run.tally.samples = len(noise)
         packed = self._tokens_of(run, noise)
         leader, tokens = run.leader, None if packed is None else packed[0]
+        if run.lesson is not None and first:
+            run.lesson.see(noise)
         if run.carry is not None and first and leader is not None and not run.planned.dense:
             dense = not leader.skips and leader.rows is None
             run.carry.observe(noise, sigma, dense=dense)
@@ -428,7 +474,9 @@ class Session:
         self._branches.after_step(step)
         if run.over:
             self._forget()
-            run.selection = run.carry = None
+            lesson, run.selection, run.carry, run.lesson = run.lesson, None, None, None
+            if lesson is not None:
+                self._take_in(run, lesson)
         elif (
             tokens is not None
             and run.selection is not None
@@ -494,7 +542,7 @@ class Session:
         self._forget()
         run = self.run
         if run is not None:
-            run.selection = run.carry = None
+            run.selection = run.carry = run.lesson = None
         if self._mask_watch is not None:  # the next run may be another pipeline's
             self._mask_watch.mask = None
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..api import enabled, is_enabled
 from ..checks import MOST_STEPS, check_count, check_kind, check_number, shown
-from ..clock import Clock, carried, position
+from ..clock import EXTRAPOLATION, Clock, carried, position
 from ..config import DEFAULT_SPEEDUP, RASConfig
 from ..denoisers import transformers_of
 from ..files import read_json, write_text
@@ -31,7 +31,8 @@ from ..plan import DENSE, SKIP, Plan
 from ..run import Run
 from ..sessions import session_of
 from ..slots import StepWatch
-from .error_model import ErrorModel
+from .error_model import ErrorModel, covariance
+from .learning import covariances, mean_of, mixed
 from .planner import TOLERANCE, plan_run, plan_speedup, plan_whole
 
 ROUNDS = 4  # of improving the plan by real runs
@@ -54,8 +55,8 @@ def calibrate(
 ) -> Plan:
     """Search the plan that comes nearest to the dense images of some prompts at a given cost.
 
-    The prompts' dense runs give the covariance of the noise between steps, from which
-    `ras.policy` has the plan of least modelled error in an instant. Then plans near it are run:
+    The prompts' dense runs give the covariance of noise between steps, as `ras.learn` has it of one,
+    from which comes the plan of least modelled error in an instant. Then plans near it are run:
     those whose dense steps lie elsewhere, and, where the model can take partial steps, those that
     trade a dense step for partial ones of the same cost. The one whose final latents are nearest to
     the dense ones is kept, until no neighbour is nearer.
@@ -122,14 +123,15 @@ def calibrate(
     key |= {f"config.{name}": value for name, value in vars(config).items()}
     key |= {"pipeline": type(pipe).__name__, **model_here, **of_weights(weighing)}
     log = _Log(None if checkpoint is None else Path(checkpoint), key)
-    bar = diffusers_logging.tqdm(total=len(runs) * (4 + ROUNDS * TRIED), desc="calibrating")
+    bar = diffusers_logging.tqdm(total=len(runs) * (5 + ROUNDS * TRIED), desc="calibrating")
 
     measured = log.kept("noise", lambda: runs.dense(bar.update))
     stages, order, prediction = measured["clock"]
     clock = Clock(tuple(stages), order, prediction)
     layout = Layout(tuple(measured["grid"]), measured["text"])
     config = replace(config, speedup=None)
-    kernel = np.array(measured["kernel"])
+    prior = covariance(clock, config.extrapolation or EXTRAPOLATION)
+    kernel = mixed(np.array(measured["kernel"]), len(prompts), prior)
     model = ErrorModel(clock.weights, kernel, hold=config.extrapolation == 0)
     usual = plan_run(replace(config, speedup=speedup), clock, layout).plan
     if layout.grid:
@@ -145,18 +147,21 @@ def calibrate(
     def fitted(shares: tuple[float, ...]) -> Plan:
         return Plan(shares, factors(model, clock.sigmas, shares))
 
+    def alike(shares: tuple[float, ...]) -> Plan:
+        """By its own factors, or by what each run shows, as the best so far."""
+        return Plan(shares) if best[1].extrapolation is None else fitted(shares)
+
     def meets(plan: tuple[float, ...]) -> bool:
         tokens, text = layout.tokens, layout.text
         reached = Plan(plan).speedup(tokens, text, reuse_text=config.reuse_text)
         return abs(reached / speedup - 1) <= TOLERANCE or not layout.grid
 
-    best = min(
-        (tried(plan) for plan in (usual, fitted(usual.shares), fitted(start.shares))), key=_error
-    )
+    first = usual, Plan(start.shares), fitted(usual.shares), fitted(start.shares)
+    best = min((tried(plan) for plan in first), key=_error)
     for _ in range(ROUNDS):
         near = neighbours(model, best[1].shares, shares, layout, reuse_text=config.reuse_text)
         plans = islice(filter(meets, near), TRIED)
-        nearest = min((tried(fitted(plan)) for plan in plans), key=_error, default=best)
+        nearest = min((tried(alike(plan)) for plan in plans), key=_error, default=best)
         if nearest[0] >= best[0]:
             break
         best = nearest
@@ -292,7 +297,7 @@ class _Runs:
 
     def dense(self, tick: Callable[[], object]) -> dict[str, Any]:
         """The covariance of the guided noise between the steps of dense runs."""
-        kernel = np.zeros(())
+        kernels: list[Any] = []
         with enabled(self._pipe, speedup=1.0):  # counts the tokens, computes them all
             watch = StepWatch(self._pipe.scheduler, self._see)
             try:
@@ -302,16 +307,16 @@ class _Runs:
                     run = self._run
                     assert run is not None
                     stages = range(1, len(run.clock.stages), run.clock.order)
-                    flat = torch.stack([self._noise[at].flatten().double() for at in stages])
-                    kernel = kernel + (flat @ flat.T / len(self._prompts)).cpu().numpy()
+                    kernels += [*covariances([self._noise[at] for at in stages])]
                     tick()
             finally:
                 watch.remove()
                 self._noise.clear()
         assert run is not None
-        if not np.isfinite(kernel).all():
+        if not np.isfinite(kernels).all():
             raise ValueError("calibrate needs finite noise, and that of the dense runs is not")
         clock, layout = run.clock, run.planned.layout
+        kernel = mean_of(kernels, covariance(clock, EXTRAPOLATION), clock)
         return {
             "clock": [clock.stages, clock.order, clock.prediction],
             "grid": layout.grid,

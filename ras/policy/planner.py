@@ -52,7 +52,7 @@ def plan_run(
         if given is not None:
             speedup = speedup_of(given, layout, config)
             complaints.append(f"{unfit}, so that another is made for its speed-up of {speedup:.2f}")
-        plan = _of_least_error(config, speedup, clock, layout, masked_tokens)
+        plan = _of_least_error(config, speedup, clock, layout, masked_tokens, here)
         reached = speedup_of(plan, layout, config)
         if abs(reached / speedup - 1) > TOLERANCE:
             complaints.append(
@@ -62,14 +62,21 @@ def plan_run(
     return RunPlan(plan, layout, config, "; ".join(complaints) or None)
 
 
-def without_partial_steps(planned: RunPlan, clock: Clock) -> RunPlan:
+def without_partial_steps(
+    planned: RunPlan, clock: Clock, here: tuple[tuple[str, Any], ...] = ()
+) -> RunPlan:
     """The plan of whole steps for a run that has no room for keys and values."""
-    plan = _of_least_error(planned.config, planned.speedup, clock, Layout(), None)
+    plan = _of_least_error(planned.config, planned.speedup, clock, Layout(), None, here)
     return replace(planned, plan=plan)
 
 
 def _of_least_error(
-    config: RASConfig, speedup: float, clock: Clock, layout: Layout, masked_tokens: int | None
+    config: RASConfig,
+    speedup: float,
+    clock: Clock,
+    layout: Layout,
+    masked_tokens: int | None,
+    here: tuple[tuple[str, Any], ...],
 ) -> Plan:
     """The plan of least modelled error, with the steps dense that the settings want so."""
     steps = clock.steps
@@ -78,7 +85,9 @@ def _of_least_error(
     pinned |= resets(config.error_reset_steps or (), steps)
     pinned = {step for step in pinned if step < steps}
     hold = config.extrapolation == 0
-    kernel = covariance(clock, config.extrapolation or EXTRAPOLATION)
+    kernel, learned = covariance(clock, config.extrapolation or EXTRAPOLATION), config.learned
+    if learned is not None and learned.fits(clock, dict(here)):
+        kernel = learned.covariance(kernel)
     model = ErrorModel(clock.weights, kernel, hold=hold)
     if not layout.grid:
         return plan_whole(model, speedup, pinned)

@@ -24,7 +24,8 @@ from ras.clock import Clock
 from ras.layout import Layout
 from ras.policy import calibration
 from ras.policy.error_model import ErrorModel, covariance
-from ras.policy.planner import plan_speedup
+from ras.policy.learning import mixed
+from ras.policy.planner import plan_run, plan_speedup
 
 pytestmark = pytest.mark.filterwarnings("error::ras.RASWarning")
 
@@ -106,7 +107,7 @@ def test_the_plan_is_the_one_that_was_nearest(tmp_path, speedup, settings):
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("scheduler", [pipelines.euler, FlowMatchHeunDiscreteScheduler])
 def test_the_kernel_is_that_of_the_guided_noise(monkeypatch, tmp_path, scheduler, batch_size):
-    """Of the first stage of each step, summed over all pixels, the mean over the prompts."""
+    """Of the first stage of each step, the mean over the prompts, each scaled to mid-run change."""
     pipe = build(scheduler=scheduler())
     cls = type(pipe.scheduler)
     noises, step = [], cls.step
@@ -121,21 +122,30 @@ def test_the_kernel_is_that_of_the_guided_noise(monkeypatch, tmp_path, scheduler
     order = pipe.scheduler.order
     stages = torch.stack(noises[::order]).double()  # (step, prompt, ...)
     assert len(stages) == STEPS and stages.shape[1] == 2
+    sigmas = pipe.scheduler.sigmas.tolist()
+    clock = Clock(tuple(sigmas), order)
+    levels, prior = clock.sigmas, covariance(clock, 0.625)
+    pairs = [i for i in range(STEPS - 1) if levels[i] <= 0.97 and levels[i + 1] >= 0.1]
+    change = sum(prior[i, i] + prior[i + 1, i + 1] - 2 * prior[i, i + 1] for i in pairs)
     expected = np.zeros((STEPS, STEPS))
-    for i, j in itertools.product(range(STEPS), repeat=2):
-        expected[i, j] = (stages[i] * stages[j]).sum() / 2
+    for sample in stages.unbind(1):
+        own = (sample.flatten(1).diff(dim=0) ** 2).sum(1)[pairs].sum().item()
+        for i, j in itertools.product(range(STEPS), repeat=2):
+            expected[i, j] += (sample[i] * sample[j]).sum().item() * change / own / 2
 
     monkeypatch.setattr(calibration, "ROUNDS", 0)
     path = tmp_path / "log.json"
     plan = calibrate(pipe, 2.2, batch_size=batch_size, checkpoint=path)
     measured = json.loads(path.read_text())["noise"]
     assert np.array(measured["kernel"]) == pytest.approx(expected, rel=1e-4)
-    sigmas = pipe.scheduler.sigmas.tolist()
     assert measured["clock"] == [pytest.approx(sigmas), order, "flow"]
     assert (measured["grid"], measured["text"]) == ([8, 8], 12)
-    # without rounds the plan is the model's best
-    model = ErrorModel(Clock(tuple(sigmas), order).weights, expected, hold=False)
-    assert plan.shares == plan_speedup(model, 2.2, Layout((8, 8), 12), reuse_text=False).shares
+    # without rounds the plan is the default's or the best by what was measured and the prior
+    model = ErrorModel(clock.weights, mixed(expected, 2, prior), hold=False)
+    best = plan_speedup(model, 2.2, Layout((8, 8), 12), reuse_text=False).shares
+    usual = plan_run(ras.RASConfig(speedup=2.2), clock, Layout((8, 8), 12)).plan.shares
+    tried = [json.loads(name)[0] for name in json.loads(path.read_text()) if name[0] == "["]
+    assert {*map(tuple, tried)} == {best, usual} and plan.shares in (best, usual)
 
 
 def test_factors_amount_to_the_models_gains():
