@@ -27,7 +27,7 @@ from .others import cache_on
 from .plan import DENSE, SKIP, Reuse, RunPlan
 from .policy.carry import Carry
 from .policy.learning import Lesson
-from .policy.planner import plan_run, without_partial_steps
+from .policy.planner import FEW, plan_run, without_partial_steps
 from .policy.selection import Selection
 from .run import Run
 from .slots import StepWatch
@@ -253,7 +253,7 @@ class Session:
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
         if planned.reuse is Reuse.MEASURED:
-            run.carry = Carry()
+            run.carry = Carry(1.0 if clock.steps >= FEW else 0.0)
         if self._to_learn:
             run.lesson = Lesson()
         self._runs += 1

@@ -103,13 +103,14 @@ SENSE = {
     "enable": lambda: dict(model=pipe(), config=None, mask=None, scheduler=None, family=None),
     "enabled": lambda: dict(model=pipe(), config=None, mask=None, scheduler=None, family=None),
     "is_enabled": lambda: dict(model=pipe()),
+    "learn": lambda: dict(pipe=ras.enable(pipelines.sd3(), speedup=2), file=None),
     "plan": lambda: dict(
         model=pipe(), num_inference_steps=4, height=None, width=None, text_tokens=None
     ),
     "stats": lambda: dict(model=enabled_pipe()),
 }
 """What each takes where all is well; an option of `**call` and the like is none."""
-GIVEN = {"RASWarning", "Rows", "RunPlan", "Stats", "bundled_model", "__version__"}
+GIVEN = {"Learned", "RASWarning", "Rows", "RunPlan", "Stats", "bundled_model", "__version__"}
 """What users are given, or call without an argument."""
 WELCOME = {
     # what else makes sense, and is taken
@@ -144,7 +145,8 @@ WELCOME = {
     "RASConfig.scheduler_end_step": {"none", "0"},
     "RASConfig.starvation_scale": {"0", "half", "1e308"},
     "RASConfig.high_ratio": {"0"},
-    "RASConfig.extrapolation": {"0"},
+    "RASConfig.extrapolation": {"0", "none"},
+    "RASConfig.learned": {"none"},
     "RASConfig.kv_correction": {"true"},
     "RASConfig.reuse_text": {"true"},
     "RASConfig.keep_caches": {"true"},
@@ -152,6 +154,7 @@ WELCOME = {
     "RASConfig.mask_margin": {"0"},
     "RASConfig.skip_num_step": {"0"},
     "RASConfig.skip_num_step_length": {"0"},
+    "learn.file": {"none", "text", "no text"},
     "plan.height": {"none"},
     "plan.width": {"none"},
     "plan.text_tokens": {"none", "0"},

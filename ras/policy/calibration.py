@@ -55,11 +55,11 @@ def calibrate(
 ) -> Plan:
     """Search the plan that comes nearest to the dense images of some prompts at a given cost.
 
-    The prompts' dense runs give the covariance of noise between steps, as `ras.learn` has it of one,
-    from which comes the plan of least modelled error in an instant. Then plans near it are run:
-    those whose dense steps lie elsewhere, and, where the model can take partial steps, those that
-    trade a dense step for partial ones of the same cost. The one whose final latents are nearest to
-    the dense ones is kept, until no neighbour is nearer.
+    The prompts' dense runs give the covariance of the noise between steps, as `ras.learn` has it of
+    one, from which comes the plan of least modelled error in an instant. Then plans near it are
+    run: those whose dense steps lie elsewhere, and, where the model can take partial steps, those
+    that trade a dense step for partial ones of the same cost. The one whose final latents are
+    nearest to the dense ones is kept, until no neighbour is nearer.
 
     Args:
         pipe: The pipeline; it must not be enabled, and is left as it was.

@@ -9,9 +9,9 @@ each step of all tokens at which a stretch of reuse ends compares what has come 
     q = <v - v1, e> / <e, e>        s = 1 + q  if q < 0,    1  up to q = 1,    q  beyond
 
 as far as that is in [0, 2]. The next stretch is carried on by `s * g`, in all branches of guidance
-alike; the first by `g`. Between 0 and 1 nothing swings, and `g` is what was chosen for that. Steps
-of all tokens with no reuse between teach nothing: from one to the next noise jitters, and takes
-back much of what it did, which over a stretch it does not.
+alike; the first by `g`, or held in runs of few steps. Between 0 and 1 nothing swings, and `g` is
+what was chosen for that. Steps of all tokens with no reuse between teach nothing: from one to the
+next noise jitters, and takes back much of what it did, which over a stretch it does not.
 
 The rule was chosen on the bundled model at guidance 1, 4 and 7 in 6 to 28 steps; that neighbouring
 steps do not count, on the photographs of `benchmarks.model.photos` too.
@@ -34,8 +34,10 @@ class Carry:
         share: `(S,)` float32, s of each sample; None before the first step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: float) -> None:
+        """Begin with `s = first`."""
         self.share: Tensor | None = None
+        self._first = first
         self._seen: list[tuple[float, Tensor]] = []  # the last two steps of all tokens
         self._reused = False  # whether there was another step since
 
@@ -51,7 +53,7 @@ class Carry:
             self._reused = True
             return
         if self.share is None or self._seen[-1][1].shape != noise.shape:
-            self.share = torch.ones(len(noise), device=noise.device)
+            self.share = torch.full((len(noise),), self._first, device=noise.device)
             self._seen = []
         now = position(sigma)
         if self._reused and len(self._seen) == 2:

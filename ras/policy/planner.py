@@ -16,6 +16,7 @@ from .paper import paper_plan, resets
 
 TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
 MASK_PAYS = 0.35  # cost of a partial step, in dense ones, above which a mask is no use to a plan
+FEW = 12  # steps, below which little is reused, see `plan_run` and `ras.policy.carry`
 PARTIALS = 2  # for each dense step, under a mask
 
 
@@ -48,11 +49,20 @@ def plan_run(
         plan = _with_mask(plan, config, masked_tokens, layout)
         complaints += [] if complaint is None else [complaint]
     else:
-        speedup = DEFAULT_SPEEDUP if config.speedup is None else config.speedup
+        few = steps < FEW and not _mask_pays(config, layout, masked_tokens)
+        usual = _of_few(steps) if few else DEFAULT_SPEEDUP
+        speedup = usual if config.speedup is None else config.speedup
         if given is not None:
             speedup = speedup_of(given, layout, config)
             complaints.append(f"{unfit}, so that another is made for its speed-up of {speedup:.2f}")
         plan = _of_least_error(config, speedup, clock, layout, masked_tokens, here)
+        if few and given is None and config.speedup is None:
+            complaints.append(
+                f"{steps} steps leave little to reuse, so that {plan.shares.count(DENSE)} of them "
+                "are computed: at 2x the result is hardly nearer to the dense one than that of "
+                "half the steps; ask for speedup= if it is to be more, or for a mask=, which pays "
+                "as ever"
+            )
         reached = speedup_of(plan, layout, config)
         if abs(reached / speedup - 1) > TOLERANCE:
             complaints.append(
@@ -60,6 +70,17 @@ def plan_run(
                 f"it is {reached:.2f}"
             )
     return RunPlan(plan, layout, config, "; ".join(complaints) or None)
+
+
+def _of_few(steps: int) -> float:
+    """The speed-up of few steps where none is asked for: one of four or more is left out."""
+    return steps / (steps - 1) if steps > 3 else 1.0
+
+
+def _mask_pays(config: RASConfig, layout: Layout, masked_tokens: int | None) -> bool:
+    """Whether partial steps of the masked tokens are worth it, beside dense ones."""
+    text = 0 if config.reuse_text else layout.text
+    return masked_tokens is not None and 0 < masked_tokens < MASK_PAYS * layout.sequence - text
 
 
 def without_partial_steps(
@@ -91,8 +112,7 @@ def _of_least_error(
     model = ErrorModel(clock.weights, kernel, hold=hold)
     if not layout.grid:
         return plan_whole(model, speedup, pinned)
-    text = 0 if config.reuse_text else layout.text
-    if masked_tokens and (masked_tokens + text) / layout.sequence < MASK_PAYS:
+    if masked_tokens and _mask_pays(config, layout, masked_tokens):
         return plan_masked(
             model,
             speedup,

@@ -14,6 +14,7 @@ from benchmarks.kernels import measure
 from benchmarks.kernels.jobs import JOBS, LUMINA, SD3, prepare
 from benchmarks.model import photos, scenes, train
 from benchmarks.quality import elsewhere, inpainting, judge, ours, plans
+from benchmarks.quality import photos as by_photos
 from benchmarks.speed import end_to_end, untrained
 from benchmarks.speed.families import FAMILIES
 from benchmarks.speed.timing import median_interval
@@ -160,6 +161,18 @@ def test_a_square_mask_stays_inside():
     for area in inpainting.AREAS:
         mask = inpainting.square((0.2, 0.8), area)
         assert mask.mean().item() == pytest.approx(area, rel=0.02)
+
+
+def test_photos(capsys, tmp_path):
+    """Its weights are there, and 4 of 4 steps are the dense run."""
+    file = tmp_path / "rows.json"
+    by_photos.main(
+        ["--count=1", "--steps=4", "--speedups", "1", "1.4", "--guidance=1", f"--json={file}"]
+    )
+    rows = json.loads(file.read_text())
+    found = {(row["asked"], row["method"]): row["psnr"] for row in rows}
+    assert len(found) == 6 and found[1.0, "RAS"] == found[1.0, "fewer steps, 4"] == 100
+    assert found[1.4, "RAS"] < 100 and "RAS, learnt" in capsys.readouterr().out
 
 
 def test_elsewhere(capsys, monkeypatch):

@@ -33,6 +33,7 @@ from ras.cli import pictures
 
 PROMPT = "a ring"  # short enough for the small model's tokenizers
 SIZE = (128, 96)  # width and height, so that exchanging them shows
+HALF = dict(speedup=2)
 PLAN = ras.Plan((1, 1, 0.25, 0, 1, 0), (0, 0, 0.5, 0.5, 0, 1), "for six steps")
 RATIO = dict(sample_ratio=0.25)
 
@@ -55,7 +56,9 @@ def folder(tmp_path_factory):
 def generate(folder, out, *options):
     """`ras generate` on the small model; for seconds' sake few steps, half of them skipped."""
     size = ("--width", str(SIZE[0]), "--height", str(SIZE[1]))
-    given = ("--model", str(folder), "--out", str(out), "--steps", "6", *size, *options)
+    asked = {"--speedup", "--plan", "--sample-ratio"} & {*options}
+    half = () if asked else ("--speedup", "2")
+    given = ("--model", str(folder), "--out", str(out), "--steps", "6", *half, *size, *options)
     return cli.main(["generate", PROMPT, *given])
 
 
@@ -106,7 +109,7 @@ def test_compares(folder, tmp_path, capsys):
     assert captured.err == ""
     report = json.loads(captured.out)
     dense, _ = by_hand(folder)
-    sparse, stats = by_hand(folder, {})
+    sparse, stats = by_hand(folder, HALF)
 
     picture = Image.open(out)
     counts = stats.region_counts[0].numpy()
@@ -124,7 +127,7 @@ def test_compares(folder, tmp_path, capsys):
     tokens = ("tokens_computed", "tokens_total", "text_tokens")
     for name in (*tokens, "speedup_ceiling", "cache_bytes"):
         assert report[name] == getattr(stats, name)
-    assert report["config"] == dataclasses.asdict(ras.RASConfig())
+    assert report["config"] == dataclasses.asdict(ras.RASConfig(**HALF))
     given = {"prompt": PROMPT, "negative_prompt": None, "seed": 0, "steps": 6, "warnings": []}
     given |= {"width": SIZE[0], "height": SIZE[1], "device": "cpu", "dtype": "float32"}
     given |= {"model": str(folder), "out": str(out)}
@@ -135,7 +138,7 @@ def test_writes_the_ras_image_alone(folder, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert generate(folder, out, "--no-compare", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    image, stats = by_hand(folder, {})
+    image, stats = by_hand(folder, HALF)
     assert (pixels(Image.open(out)) == pixels(image)).all()
     assert report["speedup_ceiling"] == stats.speedup_ceiling and report["runs"] == 1
     assert {report[name] for name in ("seconds_dense", "speedup", "psnr_db", "identical")} == {None}
@@ -162,7 +165,7 @@ def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch, capsys, optio
     out = tmp_path / "out.png"
     assert generate(folder, out, "--no-compare", "--json", *options) == 0
     report = json.loads(capsys.readouterr().out)
-    image, stats = by_hand(folder, **{"settings": {}, **same})
+    image, stats = by_hand(folder, **{"settings": HALF, **same})
     assert report["tokens_computed"] == stats.tokens_computed
     assert report["warnings"] == list(stats.warnings)
     assert image.size == Image.open(out).size
@@ -224,7 +227,7 @@ def test_warns_once(folder, tmp_path, capsys, recwarn, monkeypatch, options, nam
 def test_bundled_model(tmp_path, capsys):
     out = tmp_path / "out.png"
     prompt = "a striped red ring, top left, on a blue background"
-    assert cli.main(["generate", prompt, "--out", str(out), "--steps", "6", "--json"]) == 0
+    assert cli.main(["generate", prompt, "--out", str(out), "--steps", "12", "--json"]) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert captured.err == ""
@@ -246,7 +249,7 @@ def test_runs_as_a_process(folder, tmp_path):
         )
 
     command = ["-m", "ras", "generate", PROMPT, "--model", str(folder)]
-    done = python(*command, "--out", "out.png", "--steps", "6", "--json")
+    done = python(*command, "--out", "out.png", "--steps", "12", "--json")
     assert done.returncode == 0, done.stderr
     # Where torchao is installed, diffusers has things to say when it is imported.
     said = [len(run.stderr.splitlines()) for run in (done, python("-c", "import ras.cli"))]
@@ -381,11 +384,11 @@ def test_a_model_without_partial_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
     out = tmp_path / "out.png"
     with torch.no_grad():
-        assert cli.main(["generate", "a ring", "--steps", "8", "--out", str(out)]) == 0
+        assert cli.main(["generate", "a ring", "--steps", "12", "--out", str(out)]) == 0
         assert "50% of the transformer's calls" in capsys.readouterr().out and out.exists()
-        assert cli.main(["generate", "a ring", "--steps", "8", "--out", str(out), "--json"]) == 0
+        assert cli.main(["generate", "a ring", "--steps", "12", "--out", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["calls_computed"], report["calls_total"]) == (4, 8)
+    assert (report["calls_computed"], report["calls_total"]) == (6, 12)
     assert report["tokens_total"] == 0 and report["speedup_ceiling"] == 2
 
 

@@ -137,7 +137,7 @@ def test_ip_adapter_with_whole_steps():
     pipe = pipelines.sd3()
     pipe.load_ip_adapter(pipelines.ip_adapter(pipe.transformer), image_encoder_folder=None)
     plain = run(pipe, ip_adapter_call(pipe))
-    with ras.enabled(pipe):
+    with ras.enabled(pipe, speedup=2):
         result, told = run_noting_warnings(pipe, ip_adapter_call(pipe))
         stats = ras.stats(pipe)
     assert not told and (stats.steps_dense, stats.steps_sparse, stats.steps_skipped) == (4, 0, 4)
@@ -173,7 +173,7 @@ def test_pag_pipeline_with_whole_steps():
     pipe = pipelines.sd3(StableDiffusion3PAGPipeline)
     inputs = sd3_inputs(pipe)
     plain = run(pipe, inputs, pag_scale=2.0)
-    with ras.enabled(pipe):
+    with ras.enabled(pipe, speedup=2):
         result, told = run_noting_warnings(pipe, inputs, pag_scale=2.0)
         stats = ras.stats(pipe)
     assert not told and (stats.calls_computed, stats.calls_total) == (4, 8)

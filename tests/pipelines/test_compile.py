@@ -263,9 +263,9 @@ def test_a_lora_loaded_before():
 def test_whole_steps_of_any_transformer(way, name):
     """One call and two, a list and two tensors: later runs compile nothing."""
     (pipe, draw), graphs = ENTRIES[name].build(), Graphs()
-    with ras.enabled(pipe):
+    with ras.enabled(pipe, speedup=2):
         expected = tree_leaves(draw(8))
-    ras.enable(pipe)
+    ras.enable(pipe, speedup=2)
     way(pipe, backend=graphs)
     found = tree_leaves(draw(8))
     with recompile_nothing():

@@ -143,7 +143,9 @@ def test_bytes_are_those_of_what_is_alive(family, plan, settings):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize(
-    "settings, layers", [({}, False), ({}, True), (dict(extrapolation=0.0), True)], ids=str
+    "settings, layers",
+    [({}, False), ({}, True), (dict(extrapolation=0.0), True)],
+    ids=str,
 )
 def test_bytes_in_the_middle_of_a_run(guidance, settings, layers):
     """Told at each step, of all branches of guidance; without a partial step only noise is kept."""
@@ -210,7 +212,9 @@ def test_bytes_are_of_the_last_run():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, dict(metric="std"), dict(extrapolation=0.0, reuse_text=True)], ids=str
+    "settings",
+    [{}, dict(metric="std"), dict(extrapolation=0.0, reuse_text=True)],
+    ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_read_before_it_is_written(family, settings):
@@ -226,7 +230,9 @@ def test_nothing_is_read_before_it_is_written(family, settings):
 # --- freed before images are decoded --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, dict(plan=PARTIAL), dict(plan=ENDS_DENSE)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(speedup=2), dict(plan=PARTIAL), dict(plan=ENDS_DENSE)], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_kept_while_decoding(family, settings):
     pipe, inputs = FAMILIES[family]()
@@ -237,7 +243,7 @@ def test_nothing_is_kept_while_decoding(family, settings):
             assert ras.stats(pipe).cache_bytes > 0
 
 
-@pytest.mark.parametrize("settings", [{}, dict(plan=PARTIAL)], ids=str)
+@pytest.mark.parametrize("settings", [dict(speedup=2), dict(plan=PARTIAL)], ids=str)
 @pytest.mark.parametrize("at", [0, 2, 3, 6])
 def test_nothing_is_kept_after_an_interruption(at, settings):
     """The caches are gone when the pipeline returns, and the next run is as good as any."""

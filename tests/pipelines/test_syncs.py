@@ -26,7 +26,7 @@ from ras_kernels import _checks
 STEPS = 10
 PARTIAL = (1, 1, 0.5, 1, 0.25, 0.5, 1, 0, 0.5, 1)
 CONFIGS = {
-    "default": ras.RASConfig(),
+    "default": ras.RASConfig(speedup=2),
     "partial": ras.RASConfig(plan=PARTIAL),
     "paper": ras.RASConfig.paper(scheduler_start_step=2, error_reset_steps=(6,)),
 }

@@ -94,7 +94,7 @@ def check_skipped(calls, session):
         now, last = position(stages[call.step]), before[-1]
         steps = [step for step in range(call.step) if dense[step]]
         seen = [(step, position(stages[step]), calls.guided[step]) for step in steps]
-        shares = carried_on(seen, now)[1]
+        shares = carried_on(seen, now, first=0.0)[1]  # there are few steps
         older = [c for c in before if stages[c.step] != stages[last.step]][-1:]
         for leaf, (index, kept) in zip(call.output, enumerate(last.output)):
             expected = kept
@@ -135,7 +135,7 @@ def test_whole_steps(name, monkeypatch):
     assert same(tree_leaves(run(STEPS)), dense)
     assert ras.stats(pipe).steps_skipped == 0
 
-    ras.enable(pipe)
+    ras.enable(pipe, speedup=2)
     calls.made.clear()
     calls.steps = 0
     calls.guided.clear()
@@ -192,13 +192,13 @@ def test_a_plan_before_any_run(name):
     """Of as many steps, and nothing is changed; places are the run's own if the scheduler's are."""
     pipe, run = ENTRIES[name].build()
     timesteps = pipe.scheduler.timesteps
-    planned = ras.plan(pipe, STEPS)
+    planned = ras.plan(pipe, 12)
     assert pipe.scheduler.timesteps is timesteps and planned.warning is None
-    assert planned.plan.shares.count(1) == planned.plan.shares.count(0) == STEPS // 2
-    assert planned.speedup == 2 and f"step {STEPS - 1:3}" in str(planned)
+    assert planned.plan.shares.count(1) == planned.plan.shares.count(0) == 6
+    assert planned.speedup == 2 and "step  11" in str(planned)
     if name in ("wan", "sana", "cogvideox", "pixart-dpm", "sana-sprint", "stable-audio"):
         with ras.enabled(pipe):
-            run(STEPS)
+            run(12)
             assert ras.stats(pipe).plan == planned.plan
 
 
@@ -206,9 +206,9 @@ def test_a_plan_before_any_run(name):
 def test_a_bare_transformer(name):
     """With its scheduler it is what the pipeline is."""
     pipe, run = ENTRIES[name].build()
-    with ras.enabled(pipe):
+    with ras.enabled(pipe, speedup=2):
         expected = tree_leaves(run(STEPS))
-    with ras.enabled(pipe.transformer, scheduler=pipe.scheduler):
+    with ras.enabled(pipe.transformer, scheduler=pipe.scheduler, speedup=2):
         assert same(tree_leaves(run(STEPS)), expected)
         assert ras.stats(pipe.transformer).steps_skipped == STEPS // 2
     with pytest.raises(ValueError, match="scheduler="):

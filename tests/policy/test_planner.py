@@ -556,3 +556,36 @@ def test_image_to_image_follows_its_own_plan():
         stats = ras.stats(pipe)
     assert stats.plan == planned(ras.RASConfig(2.5), levels(20)[10:], 64, 12)[0]
     assert stats.steps_dense + stats.steps_sparse + stats.steps_skipped == 10
+
+
+# --- few steps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_of_few_steps_one_is_left_out_with_a_word(steps):
+    """Of a run of at least four, unless more is asked for."""
+    planned = ras.plan(ras.RASConfig(), steps)
+    left_out = 0 if steps < 4 else 1 if steps < 12 else 6
+    assert planned.plan.shares.count(1) == steps - left_out
+    assert planned.plan.shares.count(0) == left_out
+    assert (planned.warning is not None) == (steps < 12)
+    if planned.warning is not None:
+        assert f"{steps} steps leave little to reuse" in planned.warning
+        assert f"{steps - left_out} of them" in planned.warning
+    asked = ras.plan(ras.RASConfig(speedup=2), steps)
+    if steps % 2 == 0:
+        assert asked.plan.shares.count(1) == steps // 2 and asked.warning is None
+
+
+@pytest.mark.parametrize("settings", [dict(plan=(1, 0, 1, 0)), dict(speedup=3)])
+def test_what_is_asked_for_in_few_steps_is_without_a_word(settings):
+    assert ras.plan(ras.RASConfig(**settings), 6 if "speedup" in settings else 4).warning is None
+
+
+def test_masks_pay_in_few_steps():
+    """As in many; one that covers most of the image does not, and is told."""
+    clock, layout = Clock(tuple(levels(8))), Layout((16, 16), 8)
+    small = plan_run(ras.RASConfig(), clock, layout, 60)
+    assert small.warning is None and small.partial and small.speedup == pytest.approx(2, rel=0.03)
+    large = plan_run(ras.RASConfig(), clock, layout, 200)
+    assert "8 steps" in large.warning and large.plan.shares.count(1) == 7

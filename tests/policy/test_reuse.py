@@ -145,7 +145,7 @@ LEVELS = (0.97, 0.94, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 def shares_of(noises, plan=PLAN):
     """What is measured in each step of a plan, and what should be."""
-    carry, seen = Carry(), []
+    carry, seen = Carry(1.0), []
     for step, (level, dense) in enumerate(zip(LEVELS, plan)):
         expected = carried_on(seen, position(level))[1] if seen else torch.ones(len(noises[0]))
         yield torch.ones(len(noises[0])) if carry.share is None else carry.share, expected.float()
@@ -185,12 +185,12 @@ def test_what_is_not_finite_teaches_nothing():
 
 
 def test_other_samples_begin_anew():
-    carry = Carry()
+    carry = Carry(0.0)
     for step, dense in enumerate((1, 1, 0, 1)):
         carry.observe(normal(2, 3, 4, seed=step), LEVELS[step], dense=dense == 1)
     assert carry.share.shape == (2,)
     carry.observe(normal(3, 3, 4), LEVELS[4], dense=True)
-    assert torch.equal(carry.share, torch.ones(3))
+    assert torch.equal(carry.share, torch.zeros(3))
 
 
 def test_shares_of_guidance_copies_and_of_lists():

@@ -32,15 +32,16 @@ def gain(ahead, behind, extrapolation):
     return torch.where((a > 0) & (b > 0), g, 0.0)
 
 
-def carried_on(seen, now, extrapolation=0.625):
+def carried_on(seen, now, first=1.0, extrapolation=0.625):
     """The guided noise of a step that computes nothing, and s of each sample there.
 
     Args:
         seen: `(step, position, guided noise)` of each step of all tokens before, the samples first.
         now: The position.
+        first: s before anything is known.
         extrapolation: What is taken to go on.
     """
-    share = torch.ones(len(seen[0][2]), dtype=torch.float64)
+    share = torch.full((len(seen[0][2]),), first, dtype=torch.float64)
 
     def expected(at, position):
         (_, t0, v0), (_, t1, v1) = seen[at - 1 : at + 1]
