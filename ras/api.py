@@ -165,7 +165,7 @@ def learn(pipe: Any, file: str | PathLike[str] | None = None) -> None:
     From what the noise of that run does come the plans of runs of the same model, scheduler, step
     count and guidance from then on, whatever the prompt, size or speed-up; others are planned as
     before. One run is enough; to learn from another one adds to it. On the bundled model it gains 1
-    to 3 dB with guidance, and loses as much without from 2x on.
+    to 3 dB with guidance, and loses as much without from 2x on; see the README for another model.
     `print(ras.stats(pipe).config.learned)` tells what it gains by the error model.
 
     Args:
