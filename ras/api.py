@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -164,8 +165,8 @@ def learn(pipe: Any, file: str | PathLike[str] | None = None) -> None:
 
     From what the noise of that run does come the plans of runs of the same model, scheduler, step
     count and guidance from then on, whatever the prompt, size or speed-up; others are planned as
-    before. One run is enough; to learn from another one adds to it. On the bundled model it gains 1
-    to 3 dB with guidance, and loses as much without from 2x on; see the README for another model.
+    before. One run is enough; to learn from another one adds to it. It is not always better than
+    the default: README.md has figures.
     `print(ras.stats(pipe).config.learned)` tells what it gains by the error model.
 
     Args:
@@ -174,8 +175,8 @@ def learn(pipe: Any, file: str | PathLike[str] | None = None) -> None:
 
     Raises:
         TypeError: No file's path.
-        ValueError: The model is not enabled, or its settings have a plan already, whole or as
-            `sample_ratio`.
+        ValueError: The model is not enabled, its settings have a plan already, whole or as
+            `sample_ratio`, or the file cannot be where it is to be.
     """
     session = session_of(pipe)
     check_kind("file", file, str | PathLike | None, "a file's path, or None")
@@ -187,6 +188,8 @@ def learn(pipe: Any, file: str | PathLike[str] | None = None) -> None:
             "there is nothing to learn for settings that say what each step computes; enable with "
             "speedup= instead of plan= or sample_ratio="
         )
+    if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+        raise ValueError(f"file must be a file's path in a folder that there is, got {shown(file)}")
     session.learn(file)
 
 

@@ -315,8 +315,12 @@ class Session:
             learned = known.joined(learned)
         self._to_learn = False
         self.config = dataclasses.replace(self.config, learned=learned)
-        if self._learns_into is not None:
+        if self._learns_into is None:
+            return
+        try:
             learned.save(self._learns_into)
+        except OSError as error:  # which is no reason to lose the image
+            self._warn("lesson file", f"what was learnt is in use, but in no file: {error}")
 
     def masked(self, layout: Layout) -> Tensor | None:
         """The regions under the mask, `(S, k)`, or None without one."""

@@ -154,7 +154,7 @@ WELCOME = {
     "RASConfig.mask_margin": {"0"},
     "RASConfig.skip_num_step": {"0"},
     "RASConfig.skip_num_step_length": {"0"},
-    "learn.file": {"none", "text", "no text"},
+    "learn.file": {"none", "text"},
     "plan.height": {"none"},
     "plan.width": {"none"},
     "plan.text_tokens": {"none", "0"},

@@ -70,7 +70,7 @@ class Carry:
         q = (came * expected).sum(1) / expected.square().sum(1)
         found = q.clamp(1, MOST) + q.clamp(-1, 0)
         # Where nothing was expected, or something is not finite, nothing is learnt.
-        self.share = torch.where(found.isfinite(), found, share)
+        self.share = torch.where(q.isfinite(), found, share)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -187,6 +187,22 @@ def test_who_cannot_learn(pipe, tmp_path):
             ras.learn(pipe)
     with ras.enabled(pipe), pytest.raises(TypeError, match="file"):
         ras.learn(pipe, 3)
+    for file in (tmp_path, tmp_path / "nowhere" / "learned.json"):
+        with ras.enabled(pipe), pytest.raises(ValueError, match="folder"):
+            ras.learn(pipe, file)
+
+
+@pytest.mark.filterwarnings("default::ras.RASWarning")
+def test_a_file_that_cannot_be_written_costs_no_image(pipe, tmp_path):
+    expected = run(pipe, sd3_inputs(pipe), STEPS)
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    ras.enable(pipe)
+    ras.learn(pipe, folder / "learned.json")
+    folder.rmdir()
+    with pytest.warns(ras.RASWarning, match="in no file"):
+        assert torch.equal(run(pipe, sd3_inputs(pipe), STEPS), expected)
+    assert learnt(pipe).samples == 1
 
 
 @pytest.mark.parametrize(

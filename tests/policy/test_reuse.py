@@ -180,8 +180,9 @@ def test_what_is_not_finite_teaches_nothing():
     noises = [normal(2, 3, 4, seed=seed) for seed in range(len(PLAN))]
     noises[3][0, 1, 2] = torch.inf
     noises[7] = noises[4] = noises[3].clone()  # nothing changes
-    *_, (found, _) = shares_of(noises)
-    assert found.isfinite().all()
+    found = [share for share, _ in shares_of(noises)]
+    assert all(share.isfinite().all() for share in found)
+    assert all(share[0] == 1 for share in found), "nor is what came taken for more than expected"
 
 
 def test_other_samples_begin_anew():
