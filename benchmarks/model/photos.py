@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..commands import COUNT, STEP, as_command
 from .sd3 import begin_with_zeros
-from .train import train_average
+from .train import lower_precision, train_average
 
 SIDE = 64
 BATCH = 12
@@ -78,6 +78,10 @@ class Pixels(nn.Module):
     def device(self) -> torch.device:
         return self.place.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.place.dtype
+
     def decode(self, latents: Tensor) -> Any:
         return SimpleNamespace(sample=latents)
 
@@ -124,7 +128,7 @@ def flow_loss(network: Any, photos: list[Image.Image], seed: int, step: int) -> 
     u = torch.from_numpy(rng.standard_normal(BATCH, np.float32)).sigmoid()
     sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
     labels = torch.from_numpy(np.where(rng.random(BATCH) < 0.1, NULL, classes))
-    with torch.autocast("cpu", torch.bfloat16):
+    with lower_precision("cpu"):
         noisy = torch.lerp(images, noise, sigma[:, None, None, None])
         velocity = network(noisy, 1000 * sigma, labels, return_dict=False)[0]
     return F.mse_loss(velocity.float(), noise - images)

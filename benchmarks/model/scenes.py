@@ -115,7 +115,7 @@ def sample(seed: int) -> Scene:
     while True:
         places = _pick(rng, tuple(PLACES), count)
         sizes = [_pick(rng, tuple(SIZES), 1)[0] for _ in range(count)]
-        if _apart(places, sizes):
+        if are_apart(places, sizes):
             break
     objects = tuple(map(SceneObject, shapes, colours, textures, places, sizes))
     return Scene(objects, colours[-1], _pick(rng, BACKGROUNDS, 1)[0], seed)
@@ -131,7 +131,8 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...], count: int) -> lis
     return [options[i] for i in rng.choice(len(options), count, replace=False)]
 
 
-def _apart(places: list[str], sizes: list[str]) -> bool:
+def are_apart(places: list[str], sizes: list[str]) -> bool:
+    """Whether objects of these sizes at these places leave a gap between any two."""
     return all(
         np.hypot(*np.subtract(PLACES[p], PLACES[q])) + 1e-6 >= SIZES[s] + SIZES[t] + GAP
         for (p, s), (q, t) in combinations(zip(places, sizes, strict=True), 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,15 @@ def byte_letters() -> list[str]:
     return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
 
 
-def write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write a CLIP tokenizer in which each word of a caption is one token; any other is spelt."""
+def write_tokenizer(
+    folder: Path, words: Sequence[str] = (), tokens: int = TEXT_TOKENS
+) -> CLIPTokenizer:
+    """Write a CLIP tokenizer in which each of the words (a caption's, unless told) is one token;
+    any other is spelt. It takes texts of up to so many tokens."""
     letters = byte_letters()
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
-    for word in scenes.words():
+    for word in words or scenes.words():
         parts = [*word[:-1], word[-1] + "</w>"]
         # Apply the merges so far in their order, as the tokenizer will, then add those missing.
         while len(parts) > 1:
@@ -79,7 +83,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     bos, eos = "<|startoftext|>", "<|endoftext|>"
     ids = {token: i for i, token in enumerate([*dict.fromkeys(vocabulary), bos, eos])}
     special = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_TOKENS, **special}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokens, **special}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(ids))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
@@ -89,8 +93,12 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_text_encoder(
-    tokenizer: CLIPTokenizer, layers: int, width: int = TEXT_WIDTH, tokens: int = TEXT_TOKENS
-) -> CLIPTextModelWithProjection:
+    tokenizer: CLIPTokenizer,
+    layers: int,
+    width: int = TEXT_WIDTH,
+    tokens: int = TEXT_TOKENS,
+    kind: type[nn.Module] = CLIPTextModelWithProjection,
+) -> Any:
     """A frozen random encoder. The last state but one is read: with one layer, that is the
     words' and positions' embeddings themselves, with two it also mixes in the words before."""
     config = CLIPTextConfig(
@@ -105,7 +113,7 @@ def build_text_encoder(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = CLIPTextModelWithProjection(config)
+    model = kind(config)
     for module in model.modules():  # CLIP's own initialisation makes embeddings of size 0.02
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.7)
@@ -170,15 +178,20 @@ def velocity(model: Any, noisy: Tensor, sigma: Tensor, text: dict[str, Tensor]) 
     return model(noisy, timestep=1000 * sigma, return_dict=False, **text)[0]
 
 
-def export(pipeline: DiffusionPipeline, out: Path) -> None:
-    """Write the pipeline folder: half-precision weights, the frozen encoders in full."""
+def export(
+    pipeline: DiffusionPipeline, out: Path, words: Sequence[str] = (), tokens: int = TEXT_TOKENS
+) -> None:
+    """Write the pipeline folder: half-precision weights, the frozen encoders in full.
+
+    The words and tokens are those that the pipeline's tokenizer was written with.
+    """
     halves = {
         name: copy.deepcopy(getattr(pipeline, name)).half() for name in ("vae", "transformer")
     }
     type(pipeline)(**(pipeline.components | halves)).save_pretrained(out)
     for folder in out.glob("tokenizer*"):  # in the form that transformers 4 reads too
         shutil.rmtree(folder)
-        write_tokenizer(folder)
+        write_tokenizer(folder, words, tokens)
 
 
 def load(folder: Path) -> Any:

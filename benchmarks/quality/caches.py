@@ -1,15 +1,15 @@
-"""The caches of diffusers and of cache-dit on SD3, as settings for the ruler.
+"""The caches of diffusers and of cache-dit, as settings for the ruler.
 
-* diffusers' caches. SD3's transformer lacks `enable_cache`, and its pipeline opens no cache
+* diffusers' caches. Not all transformers have `enable_cache`, and not all pipelines open a cache
   context (FirstBlockCache, TaylorSeer: "No cache context is set"), so that each works on a copy of
-  the transformer that has the one and opens the other. The block's class is in diffusers'
-  registry. The last block returns None as its text, on which FirstBlockCache ("unsupported operand
-  type(s) for -: 'NoneType' and 'Tensor'") and TaylorSeer's lite mode ("'NoneType' object has no
-  attribute 'dtype'") fail, and for which SeaCache keeps nothing; in the copy it returns the text
-  that came in. TaylorSeer is in its lite mode, which predicts the transformer's output: its
-  default, which predicts attention alone, saves a quarter at most, as PyramidAttentionBroadcast
-  and, beside half of the guidance, FasterCache do. TextKVCache is left out: it looks for blocks of
-  NucleusMoE, and does nothing here.
+  the transformer that has the one and opens the other. SD3's last block returns None as its text,
+  on which FirstBlockCache ("unsupported operand type(s) for -: 'NoneType' and 'Tensor'") and
+  TaylorSeer ("'NoneType' object has no attribute 'dtype'") fail, and for which SeaCache keeps
+  nothing; in the copy it returns the text that came in. Lumina's block is not in diffusers'
+  registry: it is put there. TaylorSeer predicts the transformer's output, as its lite mode does
+  where that is `proj_out`: its default, which predicts attention alone, saves a quarter at most,
+  as PyramidAttentionBroadcast and, beside half of the guidance, FasterCache do; these two are for
+  SD3 alone. TextKVCache is left out: it looks for blocks of NucleusMoE, and does nothing here.
 * cache-dit's DBCache, with and without its TaylorSeer calibrator and with its predefined masks of
   steps, on a copy too, since it patches the class of a pipeline. Left out if not installed.
 
@@ -23,14 +23,22 @@ import copy
 import functools
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
 
-from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    LuminaNextDiT2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.hooks import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -39,32 +47,65 @@ from diffusers.hooks import (
     SeaCacheConfig,
     TaylorSeerCacheConfig,
 )
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models import CacheMixin
+from diffusers.models.transformers.lumina_nextdit2d import LuminaNextDiTBlock
 from diffusers.utils import logging
 from torch import Tensor
 
 from .setting import STEPS, Calibrate, Setting
 
 
-class CachedSD3(CacheMixin, SD3Transformer2DModel):
-    """SD3's transformer with all that diffusers' caches ask of a model and of its pipeline."""
+@dataclass(frozen=True)
+class Form:
+    """What the caches have to be told of a transformer's class.
+
+    Attributes:
+        blocks: Its lists of blocks.
+        pattern: What cache-dit calls the form of a block: 1 takes hidden states and text, and
+            returns text and hidden states. None where it cannot be put on: it has none for
+            Lumina's block, and DiT's transformer reads a layer of a block that it hides.
+        output: The layer whose output is the transformer's, by name.
+    """
+
+    blocks: tuple[str, ...]
+    pattern: int | None
+    output: str = "proj_out"
+
+
+FORMS: dict[type, Form] = {
+    SD3Transformer2DModel: Form(("transformer_blocks",), 1),
+    FluxTransformer2DModel: Form(("transformer_blocks", "single_transformer_blocks"), 1),
+    DiTTransformer2DModel: Form(("transformer_blocks",), None, "proj_out_2"),
+    LuminaNextDiT2DModel: Form(("layers",), None, "norm_out"),
+}
+ALONE = TransformerBlockMetadata(
+    return_hidden_states_index=0, return_encoder_hidden_states_index=None
+)
+
+
+class Cached(CacheMixin):
+    """What diffusers' caches ask of a model and of its pipeline; mixed into the model's class."""
 
     scheduler: Any
-    timestep: float  # of the last call, from 1000 to 0
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of the step, from 1 to 0."""
+        return float(self.scheduler.sigmas[self.scheduler.step_index or 0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.timestep = kwargs["timestep"][0].item()
         with self.cache_context(
             "cond_uncond",
             step_index=self.scheduler.step_index or 0,
             num_inference_steps=len(self.scheduler.timesteps),
-            sigma=self.timestep / self.scheduler.config.num_train_timesteps,
+            sigma=self.sigma,
         ):
-            return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
 @contextmanager
-def copied(pipe: DiffusionPipeline) -> Iterator[CachedSD3]:
+def copied(pipe: DiffusionPipeline) -> Iterator[Any]:
     """Give the pipeline a copy of its transformer, with the same weights in memory.
 
     What a library puts on the copy, and may leave behind, goes with it.
@@ -72,10 +113,12 @@ def copied(pipe: DiffusionPipeline) -> Iterator[CachedSD3]:
     original = pipe.transformer
     weights = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
     transformer = copy.deepcopy(original, weights)
-    transformer.__class__ = CachedSD3
+    kind = type(original)
+    transformer.__class__ = type(f"Cached{kind.__name__}", (Cached, kind), {})
     transformer.scheduler = pipe.scheduler
-    last = transformer.transformer_blocks[-1]
-    last.forward = _returning_text(last.forward)
+    if kind is SD3Transformer2DModel:
+        last = transformer.transformer_blocks[-1]
+        last.forward = _returning_text(last.forward)
     pipe.transformer = transformer
     try:
         yield transformer
@@ -100,7 +143,10 @@ def _returning_text(forward: Callable[..., Any]) -> Callable[..., Any]:
 # --- diffusers ----------------------------------------------------------------------------------
 
 
-def diffusers_settings(calibrate: Calibrate) -> list[Setting]:
+def diffusers_settings(pipe: DiffusionPipeline, calibrate: Calibrate) -> list[Setting]:
+    """Those that decide by the step serve every class here; the others, which have to be told of
+    attention or guidance, are set up for SD3."""
+    TransformerBlockRegistry.register(LuminaNextDiTBlock, ALONE)
     ratios = functools.cache(partial(mag_ratios, calibrate))
     found: list[Setting] = []
 
@@ -119,6 +165,8 @@ def diffusers_settings(calibrate: Calibrate) -> list[Setting]:
     for threshold, row in ((0.1, 2), (0.15, 2), (0.2, 2), (0.25, 2), (0.5, 2), (1.0, 3)):
         label = f"threshold {threshold:g}, {row} in a row"
         add("SeaCache", label, sea, threshold=threshold, row=row)
+    if not isinstance(pipe.transformer, SD3Transformer2DModel):
+        return found
     for interval, below in ((2, 800), (2, 1001), (3, 1001), (4, 1001)):
         label = f"interval {interval} from timestep {below}"
         add("PyramidAttentionBroadcast", label, pyramid, interval=interval, below=below)
@@ -142,12 +190,18 @@ def first_block(pipe: DiffusionPipeline, threshold: float) -> FirstBlockCacheCon
 
 
 def taylor_seer(pipe: DiffusionPipeline, interval: int, until: int) -> TaylorSeerCacheConfig:
+    form = FORMS[_class_of(pipe)]
     return TaylorSeerCacheConfig(
         cache_interval=interval,
         disable_cache_after_step=until,
         taylor_factors_dtype=pipe.transformer.dtype,
-        use_lite_mode=True,
+        skip_predict_identifiers=[rf"{name}\.\d+" for name in form.blocks],
+        cache_identifiers=[form.output],
     )
+
+
+def _class_of(pipe: DiffusionPipeline) -> type:
+    return next(kind for kind in FORMS if isinstance(pipe.transformer, kind))
 
 
 def mag(
@@ -176,7 +230,11 @@ def mag_ratios(calibrate: Calibrate, pipe: DiffusionPipeline) -> list[float]:
 def sea(pipe: DiffusionPipeline, threshold: float, row: int) -> SeaCacheConfig:
     def latents(module: Any, args: Any, kwargs: Any) -> list[Tensor]:
         """The whole batch as the channels of one image, (B * C, 1, H, W): it filters each alone."""
-        return [kwargs["hidden_states"].flatten(0, 1)[:, None]]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.ndim == 3:  # FLUX's tokens, (B, N, C), before those of a reference
+            side = math.isqrt(int((kwargs["img_ids"][:, 0] == 0).sum()))
+            hidden = hidden[:, : side * side].mT.unflatten(2, (side, side))
+        return [hidden.flatten(0, 1)[:, None]]
 
     return SeaCacheConfig(
         threshold=threshold, max_consecutive_cached=row, raw_vision_callback=latents
@@ -187,7 +245,7 @@ def pyramid(pipe: DiffusionPipeline, interval: int, below: int) -> PyramidAttent
     return PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=interval,
         spatial_attention_timestep_skip_range=(100 if below < 1000 else -1, below),
-        current_timestep_callback=lambda: pipe.transformer.timestep,
+        current_timestep_callback=lambda: 1000 * pipe.transformer.sigma,
     )
 
 
@@ -200,7 +258,7 @@ def faster(pipe: DiffusionPipeline, interval: int, below: int) -> FasterCacheCon
         unconditional_batch_timestep_skip_range=(-1, below),
         attention_weight_callback=lambda module: 0.5,
         tensor_format="BCHW",
-        current_timestep_callback=lambda: pipe.transformer.timestep,
+        current_timestep_callback=lambda: 1000 * pipe.transformer.sigma,
         _unconditional_conditional_input_kwargs_identifiers=[
             "hidden_states",
             "encoder_hidden_states",
@@ -223,9 +281,9 @@ def cache_dit() -> ModuleType | None:
     return cache_dit
 
 
-def cache_dit_settings() -> list[Setting]:
+def cache_dit_settings(pipe: DiffusionPipeline) -> list[Setting]:
     library = cache_dit()
-    if library is None:
+    if library is None or FORMS[_class_of(pipe)].pattern is None:
         return []
     found = []
     for threshold in (0.06, 0.08, 0.12, 0.16, 0.24):
@@ -259,10 +317,12 @@ def db_cache(pipe: DiffusionPipeline, order: int, **options: Any) -> Iterator[No
     )
     calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
     with copied(pipe) as transformer:
+        form = FORMS[_class_of(pipe)]
+        pattern = getattr(library.ForwardPattern, f"Pattern_{form.pattern}")
         adapter = library.BlockAdapter(
             transformer=transformer,
-            blocks=transformer.transformer_blocks,
-            forward_pattern=library.ForwardPattern.Pattern_1,
+            blocks=[getattr(transformer, name) for name in form.blocks],
+            forward_pattern=[pattern] * len(form.blocks),
         )
         library.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
         # Without a pipeline it would notice a new run a step late. Pipelines call this as they end.

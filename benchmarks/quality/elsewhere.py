@@ -33,7 +33,7 @@ import ras
 from ..commands import COUNT, as_command
 from ..model.sd3 import load
 from ..tables import grid
-from .drawing import halved, timed, unseen
+from .drawing import items, timed
 from .measures import psnr
 from .report import mean_and_error
 
@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
     pipe = load(options.model)
-    captions = [scene.caption() for scene in unseen(options)]
-    seeds = halved(list(range(options.count)), options.half)
+    asked = items(pipe, options)
+    captions, seeds = [item.text for item in asked], [item.seed for item in asked]
     names = options.places or [""]
     places = [place for place in PLACES if any(name in place.name for name in names)]
     rows = [row for place in places for row in measure(pipe, place, captions, seeds)]

@@ -29,10 +29,10 @@ import ras
 
 from ..commands import COUNT, STEP, as_command
 from ..model import scenes, train
-from ..model.sd3 import SIDE, load
+from ..model.sd3 import SIDE
 from ..tables import cells, grid
 from . import setting
-from .drawing import decode, draw, encode
+from .drawing import MODELS, Item, decode, draw, encode, items, model
 from .measures import fingerprint, gaussian
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
@@ -144,11 +144,10 @@ def real_statistics(classifier: Classifier, work: Path, count: int = 2000) -> tu
     return kept["mean"], kept["cov"]
 
 
-def generate(pipe: DiffusionPipeline, captions: Sequence[str], batch: int) -> Iterator[Tensor]:
-    """The pipeline's images, (N, 3, 256, 256) float32 in [0, 1], image i from seed i."""
-    prompts = list(enumerate(captions))
-    for first in tqdm(range(0, len(prompts), batch), "batches"):
-        inputs = encode(pipe, prompts[first : first + batch])
+def generate(pipe: DiffusionPipeline, items: Sequence[Item], batch: int) -> Iterator[Tensor]:
+    """The pipeline's images of the items, (N, 3, 256, 256) float32 in [0, 1]."""
+    for first in tqdm(range(0, len(items), batch), "batches"):
+        inputs = encode(pipe, list(items[first : first + batch]))
         yield decode(pipe, draw(pipe, inputs, setting.STEPS))
 
 
@@ -262,11 +261,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--train", action="store_true", help="train the judge, and stop")
     parser.add_argument("--seed", type=STEP, default=0, help="of the training")
-    parser.add_argument("--model", type=Path, default=ras.bundled_model(), help="pipeline folder")
-    parser.add_argument("--count", type=COUNT, default=500, help="captions for the pipeline")
+    parser.add_argument("--model", default="bundled", help=f"{', '.join(MODELS)} or a folder")
+    parser.add_argument("--count", type=COUNT, default=500, help="what the pipeline draws")
     parser.add_argument("--batch", type=COUNT, default=20, help="captions per call of the pipeline")
+    parser.set_defaults(half=None)
     options = parser.parse_args(argv)
-    pipe = load(options.model)
+    pipe = model(options.model)
     if options.train:
         state = fit(pipe.vae, options.seed).state_dict()
         halves = {
@@ -290,12 +290,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for part in batch.split(10)
         )
         print(row(f"real, latents' noise up to {noise}", classifier, coded, held_out))
-    captioned = list(islice(train.unseen(), options.count))
-    captions = [scene.caption() for scene in captioned]
-    drawn = generate(pipe, captions, options.batch)
+    asked = items(pipe, options)
+    captioned = [item.scene for item in asked if item.scene]
+    drawn = generate(pipe, asked, options.batch)
     print(row("drawn, dense", classifier, drawn, captioned))
     with ras.enabled(pipe):
-        drawn = generate(pipe, captions, options.batch)
+        drawn = generate(pipe, asked, options.batch)
         print(row("drawn, RAS", classifier, drawn, captioned))
 
 

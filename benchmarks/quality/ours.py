@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,33 @@ CALIBRATED = (1.5, 1.75, 2.0, 2.5, 3.0)
 ABLATED = 2.5  # the speed-up at which the parts are taken out one by one
 DENSE = 0, 1, 5, 9, 14, 19, 23, 26  # with the next, of as many tokens as that
 QUARTERS = 3, 7, 11, 12, 16, 17, 21, 22, 24, 25
+LESSONS = 6  # images to learn from
 WHOLE = "whole steps, searched", "whole steps, regular"  # what regions have to beat
 WHOLE_STEPS = Path(__file__).parent / "plans"  # where they are not the bundled ones
 
 
-def settings(model: Path) -> list[Setting]:
-    """Plans for speed-ups, calibrated ones, and whole steps alone.
+def settings(model: Path, calibrate: Callable[..., None]) -> list[Setting]:
+    """Plans for speed-ups, learnt ones, calibrated ones, and whole steps alone.
 
     Args:
         model: The pipeline's folder, which may hold calibrated plans of its own.
+        calibrate: Makes a run of as many prompts that are not among those to be judged.
     """
     found = [_ours("RAS", f"{speedup:g}x", speedup=speedup) for speedup in SPEEDUPS]
+    lesson: list[ras.Learned] = []  # once it is needed
+
+    def learnt(pipe: Any, speedup: float) -> Any:
+        if not lesson:
+            with ras.enabled(pipe):
+                ras.learn(pipe)
+                calibrate(pipe, LESSONS)
+                lesson.append(ras.stats(pipe).config.learned)
+        return ras.enabled(pipe, speedup=speedup, learned=lesson[0])
+
+    found += [
+        Setting("RAS, learnt", f"{speedup:g}x", STEPS, partial(learnt, speedup=speedup))
+        for speedup in SPEEDUPS
+    ]
     searched, regular = WHOLE
     plans = [model / "plans" / f"{speedup:g}x.json" for speedup in CALIBRATED]
     plans = [plan for plan in plans if plan.exists()]

@@ -1,23 +1,28 @@
-"""The ruler: quality against wall time, of RAS and of the methods that it has to beat.
+"""The ruler: quality against cost, of RAS and of the methods that it has to beat.
 
     python -m benchmarks.quality.pareto
     python -m benchmarks.quality.pareto --quick
+    python -m benchmarks.quality.pareto --model photos --guidance 1
     python -m benchmarks.quality.pareto --half b --methods "fewer steps" TaylorSeer --out results
 
 Every setting of `rivals` and of `ours`, beside this file, draws the same images as the dense
-pipeline, which takes 28 steps: those of captions that training never saw, image i from the noise
-of seed i. Constants are chosen on half a, the even captions, and judged on half b.
+pipeline, which takes 28 steps: those of captions, instructions or classes that training never saw,
+image i from the noise of seed i. The models are those of `drawing.MODELS`, or a folder. Constants
+are chosen on half a of the bundled model's captions, the even ones, and judged on half b and on the
+other models.
 
 Time is that of the denoising loop: prompts are encoded before it and images decoded after. A batch
 of prompts goes through each setting once, in an order that is drawn anew for each batch, and
 through the dense pipeline first, half-way and last, so that a drift of the machine shows. The
 speed-up in a batch is the median of those three times over the setting's. *Compute* is the ratio
-of the rows of tokens that go through the blocks' linear layers, weighted by the layers' sizes, so
-that what is skipped counts nothing, be it a step, a block, an attention or a token; it is counted
-in one more, untimed run of the first batch.
+of the multiply-adds of matrix products, attention's included, so that what is skipped counts
+nothing, be it a step, a block, an attention or a token; they are counted by PyTorch's own counter
+in one more, untimed run of the first batch. With `--untimed` they are counted in the runs
+themselves, which are then made once, and stand for the times.
 
-Quality is PSNR (100 dB at most) and SSIM to the dense image and, for the captions of the bundled
-model, the share of objects whose place, shape, colour and texture are right, and the Fréchet
+Quality is PSNR (100 dB at most) and SSIM to the dense image, PSNR to the *limit* of the equation
+(`--limit` steps from the same noise), which the dense image is but near to, and, where scenes are
+drawn, the share of objects whose place, shape, colour and texture are right, and the Fréchet
 distance to real scenes, as `benchmarks.quality.judge` sees them.
 
 The folder `--out` is added to after each batch; a run of the same options goes on where it stops.
@@ -27,32 +32,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import ras
 from ras.cli.generate import clock
 from ras.cli.info import version
 from ras.cli.loading import DTYPES
+from ras.cli.options import number
 from ras.fingerprint import differences, plain
 
-from ..commands import COUNT, as_command
-from ..model import sd3
+from ..commands import COUNT, STEP, as_command
 from ..speed import timing
 from ..tables import RESULTS
 from . import judge, measures, ours, report, rivals
-from .drawing import calibrate, decode, draw, encode, of_scenes, prompts, unseen
+from .drawing import GUIDANCE, MODELS, calibrate, decode, draw, encode, items, model
 from .setting import Setting, as_it_is
 
 PEAK = 100.0  # dB: equal images have no finite PSNR
@@ -61,7 +69,7 @@ PEAK = 100.0  # dB: equal images have no finite PSNR
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark on the command line `argv` (default: the process's own)."""
     options = parse(argv)
-    pipe = sd3.load(options.model).to(options.device)
+    pipe = model(options.model).to(options.device)
     if options.dtype != "float32":
         pipe.to(DTYPES[options.dtype])
     ruler = Ruler(pipe, options)
@@ -73,7 +81,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.quality.pareto", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--model", type=Path, default=ras.bundled_model(), help="pipeline folder")
+    add("--model", default="bundled", help=f"{', '.join(MODELS)}, or a pipeline's folder")
+    add("--guidance", type=number(float, 0), default=GUIDANCE, help="where there is any")
+    add("--limit", type=STEP, default=280, help="steps of the limit; 0: without")
     add("--prompts", type=Path, help="a file of one prompt a line, instead of captions")
     add("--count", type=COUNT, help="prompts, both halves together; 128, or 16 if --quick")
     add("--half", choices=("a", "b"), help="only the even (a) or the odd (b) prompts")
@@ -82,6 +92,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--settings", type=COUNT, help="at most so many of each rival but fewer steps")
     add("--ablate", action="store_true", help="our policy without each of its parts instead")
     add("--quick", action="store_true", help="fewer prompts, and two settings of each method")
+    add("--untimed", action="store_true", help="compute alone, each run once: for a busy machine")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, help="default: benchmarks/results/pareto-<device>")
@@ -91,7 +102,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.batch is None:
         options.batch = 8 if options.quick else 16
     if options.out is None:
-        options.out = RESULTS / f"pareto-{options.device}"
+        name = "" if options.model == "bundled" else f"-{Path(options.model).name}"
+        name += "" if options.guidance == GUIDANCE else f"-guidance-{options.guidance:g}"
+        options.out = RESULTS / f"pareto-{options.device}{name}"
     return options
 
 
@@ -103,15 +116,18 @@ class Ruler:
 
     def __init__(self, pipe: DiffusionPipeline, options: argparse.Namespace) -> None:
         self.pipe, self.options = pipe, options
-        self.scenes = unseen(options) if of_scenes(pipe) and not options.prompts else None
-        self.prompts = prompts(options, self.scenes)
+        self.items = items(pipe, options)
+        scenes = [item.scene for item in self.items if item.scene is not None]
+        self.scenes = scenes if len(scenes) == len(self.items) else None
         self.classifier = self.real = None
         if self.scenes is not None:
             self.classifier = judge.load_classifier()
             self.real = judge.real_statistics(self.classifier, options.out)
         dense = Setting("dense", f"{rivals.STEPS} steps", rivals.STEPS, as_it_is)
-        own = ours.ablations() if options.ablate else ours.settings(options.model)
-        others = [] if options.ablate else rivals.settings(pipe, calibrate)
+        folder, _ = MODELS.get(options.model, (Path(options.model), None))
+        practice = partial(calibrate, guidance=options.guidance)
+        own = ours.ablations() if options.ablate else ours.settings(folder, practice)
+        others = [] if options.ablate else rivals.settings(pipe, practice)
         self.settings = [dense, *chosen([*others, *own], options)]
         mine = {setting.method for setting in own if setting.method not in ours.WHOLE}
         self.results = self.empty(mine)
@@ -130,6 +146,7 @@ class Ruler:
                 "seconds": [],  # per batch: of one image
                 "speedup": [],  # per batch
                 "psnr": [],  # per image, as all that follows
+                "limit": [],  # PSNR to the limit
                 "ssim": [],
                 "right": [],  # objects that have each of judge.ATTRIBUTES right
                 "frechet": None,  # of all images
@@ -146,7 +163,7 @@ class Ruler:
             "machine": machine(self.options.device),
             "weights": measures.fingerprint(self.pipe.transformer.parameters()),
             "notes": rivals.left_out(self.pipe),
-            "prompts": [text for _, text in self.prompts],
+            "prompts": [item.text for item in self.items],
             "objects": [len(scene.objects) for scene in self.scenes or ()],
             "dense": [],  # per batch: the seconds of the first run, the one half-way and the last
             "rows": rows,
@@ -185,15 +202,17 @@ class Ruler:
 
     def measure(self) -> None:
         size = self.options.batch
-        left = range(0, len(self.prompts), size)[len(self.results["dense"]) :]
+        left = range(0, len(self.items), size)[len(self.results["dense"]) :]
         if not left:
             return
         # Anew for each process, unless there is no GPU to be warmed up.
         to_count = self.options.device != "cpu" or "compute" not in self.results["rows"][-1]
-        runs = to_count * len(self.settings) + len(left) * (len(self.settings) + 2)
+        to_count = to_count and not self.options.untimed
+        again = 0 if self.options.untimed else 2  # runs of the dense pipeline
+        runs = to_count * len(self.settings) + len(left) * (len(self.settings) + again)
         with tqdm(total=runs, unit="run") as progress:
             if to_count:
-                self.count(encode(self.pipe, self.prompts[:size]), progress)
+                self.count(encode(self.pipe, self.items[:size]), progress)
                 self.keep()
             for start in left:
                 self.batch(slice(start, start + size), progress)
@@ -202,44 +221,70 @@ class Ruler:
 
     def count(self, inputs: dict[str, Any], progress: tqdm) -> None:
         """Note each setting's compute, and warm it up."""
-        rows = []
+        counts = []
         for setting in self.settings:
-            with setting.switch(self.pipe), RowCount(self.pipe.transformer) as counted:
-                draw(self.pipe, inputs, setting.steps)
-            rows.append(counted.rows)
+            with setting.switch(self.pipe), multiply_adds() as counted:
+                self.draw(inputs, setting.steps)
+            counts.append(counted.get_total_flops())
             progress.update()
-        for row, count in zip(self.results["rows"], rows):
-            row["compute"] = rows[0] / count
+        for row, count in zip(self.results["rows"], counts):
+            row["compute"] = counts[0] / count
+
+    def draw(self, inputs: dict[str, Any], steps: int) -> Tensor:
+        return draw(self.pipe, inputs, steps, self.options.guidance)
 
     def batch(self, images: slice, progress: tqdm) -> None:
         """Time and judge a batch of images by every setting."""
-        inputs = encode(self.pipe, self.prompts[images])
+        inputs = encode(self.pipe, self.items[images])
         order = list(range(1, len(self.settings)))
         random.Random(images.start).shuffle(order)
         half = len(order) // 2
-        seconds: list[list[float]] = [[] for _ in self.settings]
-        reference = None
-        for number in (0, *order[:half], 0, *order[half:], 0):
-            setting = self.settings[number]
+        runs = (0, *order) if self.options.untimed else (0, *order[:half], 0, *order[half:], 0)
+        cost: list[list[float]] = [[] for _ in self.settings]
+        reference, limit = None, None
+        if self.options.limit:
+            limit = decode(self.pipe, self.draw(inputs, self.options.limit))
+        for place in runs:
+            setting = self.settings[place]
             with setting.switch(self.pipe):
-                start = clock(self.options.device)
-                latents = draw(self.pipe, inputs, setting.steps)
-                seconds[number].append(clock(self.options.device) - start)
-            if len(seconds[number]) == 1:
+                latents, own = self.measured(inputs, setting.steps)
+            cost[place].append(own)
+            if len(cost[place]) == 1:
                 pictures = decode(self.pipe, latents)
                 reference = pictures if reference is None else reference
-                self.judge(number, images, pictures, reference)
+                self.judge(place, images, pictures, reference, limit)
             progress.update()
-        dense = statistics.median(seconds[0])
-        for row, own in zip(self.results["rows"], seconds):
-            row["seconds"].append(statistics.median(own) / len(reference))
-            row["speedup"].append(dense / statistics.median(own))
-        self.results["dense"].append(seconds[0])
+        dense = statistics.median(cost[0])
+        for row, each in zip(self.results["rows"], cost):
+            row["seconds"].append(statistics.median(each) / len(reference))
+            row["speedup"].append(dense / statistics.median(each))
+            if self.options.untimed:
+                row["compute"] = statistics.mean(row["speedup"])
+        self.results["dense"].append(cost[0])
 
-    def judge(self, number: int, images: slice, pictures: Tensor, reference: Tensor) -> None:
+    def measured(self, inputs: dict[str, Any], steps: int) -> tuple[Tensor, float]:
+        """What is drawn and its cost: seconds, or 10^12 multiply-adds."""
+        if self.options.untimed:
+            with multiply_adds() as counted:
+                latents = self.draw(inputs, steps)
+            return latents, counted.get_total_flops() / 2e12
+        start = clock(self.options.device)
+        latents = self.draw(inputs, steps)
+        return latents, clock(self.options.device) - start
+
+    def judge(
+        self,
+        number: int,
+        images: slice,
+        pictures: Tensor,
+        reference: Tensor,
+        limit: Tensor | None,
+    ) -> None:
         """Note the quality of a row's pictures, (B, 3, H, W) in [0, 1]."""
         row = self.results["rows"][number]
         row["psnr"] += rounded(measures.psnr(pictures, reference).clamp(max=PEAK))
+        if limit is not None:
+            row["limit"] += rounded(measures.psnr(pictures, limit).clamp(max=PEAK))
         row["ssim"] += rounded(measures.ssim(pictures, reference))
         if self.classifier is None:
             return
@@ -254,29 +299,26 @@ class Ruler:
             row["frechet"] = measures.frechet(kept, *self.real)
 
 
-class RowCount:
-    """Counts, for a `with` block, what goes through the linear layers of a transformer's blocks.
+def multiply_adds() -> FlopCounterMode:
+    """Counts, for a `with` block, the FLOPs of matrix products and attention, ours included."""
+    aten, own = torch.ops.aten, torch.ops.ras_kernels
 
-    Attributes:
-        rows: Rows of tokens times the sizes of the layers that they went through.
-    """
+    def dense(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
 
-    def __init__(self, transformer: Any) -> None:
-        self.rows = 0
-        blocks = getattr(transformer, "transformer_blocks", None) or transformer.layers
-        self._layers = [layer for layer in blocks.modules() if isinstance(layer, nn.Linear)]
+    def sparse(query: Any, key: Any, *_: Any, **__: Any) -> int:
+        return 4 * math.prod(query) * key[1]  # (B, K, H, D) and (B, S, G, D)
 
-    def __enter__(self) -> RowCount:
-        self._handles = [layer.register_forward_hook(self._count) for layer in self._layers]
-        return self
+    def projected(*shapes: Any, **_: Any) -> int:
+        tokens, key_weight = shapes[5:7]
+        return 4 * math.prod(tokens) * key_weight[0]
 
-    def __exit__(self, *_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _count(self, layer: nn.Linear, args: Any, output: Tensor) -> None:
-        if output.ndim == 3:  # what modulates a sample has no tokens
-            self.rows += output.shape[0] * output.shape[1] * layer.weight.numel()
+    mapping: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: dense,
+        own.sparse_attention: sparse,
+        own.linear_scatter_: projected,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def chosen(settings: list[Setting], options: argparse.Namespace) -> list[Setting]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,23 @@ from ..speed.timing import median_interval
 from ..tables import COLOURS, grid, save
 from .judge import ATTRIBUTES
 
-TARGETS = (1.5, 1.75, 2.0, 2.5, 3.0)  # speed-ups at which methods are compared
+TARGETS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # speed-ups at which methods are compared
+AS_NEAR = (24, 20, 17, 14, 12, 10)  # steps of the plain scheduler whose distance is matched
 PLAIN = "fewer steps"  # the method that everything has to beat
 MARKERS = "os^vDPX<"
 CEILING = 65.0  # dB, the top of the plot: above, no difference can be seen
 
 Row = dict[str, Any]
+Cost = Callable[[Row], float]
 
 
 def write(results: Row, out: Path) -> str:
     """Write table.md and plot.png into the folder `out`, and return the table."""
-    parts = [heading(results), table(results), comparison(results["rows"])]
+    rows = results["rows"]
+    parts = [heading(results), table(results)]
+    parts += [comparison(rows, cost) for cost in costs(results)]
+    if rows[0]["limit"]:
+        parts += [comparison(rows, compute, "limit"), at_equal_distance(rows)]
     if results["options"]["half"] is None and len(results["rows"][0]["psnr"]) > 2:
         parts.append(on_half_b(results["rows"]))
     text = "\n\n".join(parts) + "\n"
@@ -52,7 +58,9 @@ def heading(results: Row) -> str:
         + f"; {machine['device']}, {machine['threads']} threads, {options['dtype']}, "
         f"torch {machine['torch']}, diffusers {machine['diffusers']}, "
         f"cache-dit {machine['cache-dit']}, ras {machine['ras']}.",
-        f"The three dense runs of a batch differ by {spread:.1%} (median over the batches).",
+        "Not timed: cost is compute."
+        if options["untimed"]
+        else f"The three dense runs of a batch differ by {spread:.1%} (median over the batches).",
         *(f"{note}." for note in results["notes"]),
     ]
     return "\n".join(lines)
@@ -61,7 +69,10 @@ def heading(results: Row) -> str:
 def table(results: Row) -> str:
     """A row per setting, the dense one first."""
     objects = np.array(results["objects"][: len(results["rows"][0]["ssim"])])
-    titles = ["method", "setting", "speed-up (95 %)", "compute", "s / image", "PSNR, dB", "SSIM"]
+    untimed = results["options"]["untimed"]
+    each = "T multiply-adds / image" if untimed else "s / image"
+    titles = ["method", "setting", "speed-up (95 %)", "compute", each, "PSNR, dB"]
+    titles += ["to the limit, dB", "SSIM"]
     if len(objects):
         titles += [*(f"{name} right, %" for name in ATTRIBUTES), "Fréchet"]
     lines = []
@@ -74,6 +85,7 @@ def table(results: Row) -> str:
             f"{row['compute']:.2f}",
             f"{statistics.median(row['seconds']):.3f}",
             "" if row["method"] == "dense" else with_interval(row["psnr"], 2),
+            with_interval(row["limit"], 2) if row["limit"] else "",
             "" if row["method"] == "dense" else with_interval(row["ssim"], 4),
         ]
         if len(objects):
@@ -83,15 +95,24 @@ def table(results: Row) -> str:
     return grid(" | ".join(titles), lines)
 
 
-def comparison(rows: list[Row]) -> str:
-    """Each method's PSNR at equal wall time, and what ours gains on the others.
+def costs(results: Row) -> list[Cost]:
+    """What methods are compared at equal values of."""
+    return [compute] if results["options"]["untimed"] else [speed, compute]
 
-    A method's line is linear between its settings, in the logarithm of the time, without those
+
+def comparison(rows: list[Row], cost: Cost | None = None, quality: str = "psnr") -> str:
+    """Each method's PSNR at equal cost, and what ours gains on the others.
+
+    A method's line is linear between its settings, in the logarithm of the cost, without those
     that another of its own beats in both; beyond the line's ends the cell is blank. Intervals of
     gains are those of the differences image by image.
     """
+    cost = cost or speed
     lines: list[list[str]] = []
-    found = {name: [at_speed(line, target) for target in TARGETS] for name, line in by_method(rows)}
+    found = {
+        name: [at_speed(line, target, cost, quality) for target in TARGETS]
+        for name, line in by_method(rows, cost)
+    }
     own = {row["method"] for row in rows if row["ours"]}
     for name, values in found.items():
         title = f"**{name}**" if name in own else name
@@ -108,7 +129,40 @@ def comparison(rows: list[Row]) -> str:
             ]
             lines.append([f"**{name}** over the best other", *gains])
     titles = " | ".join(["method", *(f"{target:g}×" for target in TARGETS)])
-    return "PSNR, dB, at equal wall time:\n\n" + grid(titles, lines)
+    what = "PSNR, dB" if quality == "psnr" else "PSNR to the limit, dB"
+    return f"{what}, at equal {'wall time' if cost is speed else 'compute'}:\n\n" + grid(
+        titles, lines
+    )
+
+
+def at_equal_distance(rows: list[Row]) -> str:
+    """How many times cheaper, by compute, each method is as near to the limit as plain steps."""
+    plain = {row["steps"]: row for row in rows if row["method"] == PLAIN}
+    wanted = [steps for steps in AS_NEAR if steps in plain]
+    lines = []
+    for name, line in by_method(rows, compute):
+        entries = []
+        for steps in wanted:
+            cheapest = at_quality(line, float(np.mean(plain[steps]["limit"])))
+            entries.append("" if cheapest is None else f"{cheapest / compute(plain[steps]):.2f}×")
+        lines.append([f"**{name}**" if line[0]["ours"] else name, *entries])
+    titles = " | ".join(["method", *(f"{steps} steps" for steps in wanted)])
+    return "Cheaper at an equal distance from the limit than so many plain steps:\n\n" + grid(
+        titles, lines
+    )
+
+
+def at_quality(line: list[Row], target: float) -> float | None:
+    """The greatest saving of compute at which a method's line is as near to the limit, in dB."""
+    kept = front(line, "limit")
+    ends = [(compute(row), float(np.mean(row["limit"]))) for row in kept]
+    if not ends or target > ends[0][1]:
+        return None
+    for (slow, high), (fast, low) in pairwise(ends):
+        if low <= target <= high:
+            weight = (high - target) / (high - low)
+            return math.exp((1 - weight) * math.log(slow) + weight * math.log(fast))
+    return None
 
 
 def on_half_b(rows: list[Row]) -> str:
@@ -119,11 +173,12 @@ def on_half_b(rows: list[Row]) -> str:
     return "\n".join(["The gains on half b alone:", "", *lines[:2], *gains])
 
 
-def by_method(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+def by_method(rows: list[Row], cost: Cost | None = None) -> list[tuple[str, list[Row]]]:
     """The lines of the plot: rows of one method, from the slowest to the fastest."""
+    cost = cost or speed
     names = dict.fromkeys(row["method"] for row in rows if row["method"] != "dense")
     return [
-        (name, sorted((row for row in rows if row["method"] == name), key=speed)) for name in names
+        (name, sorted((row for row in rows if row["method"] == name), key=cost)) for name in names
     ]
 
 
@@ -131,23 +186,27 @@ def speed(row: Row) -> float:
     return statistics.median(row["speedup"])
 
 
-def at_speed(line: list[Row], target: float) -> np.ndarray | None:
+def compute(row: Row) -> float:
+    return row["compute"]
+
+
+def at_speed(
+    line: list[Row], target: float, cost: Cost | None = None, quality: str = "psnr"
+) -> np.ndarray | None:
     """The PSNR of each image, (N,), at a speed-up on a method's line; None beyond its ends."""
-    for slow, fast in pairwise(front(line)):
-        if speed(slow) <= target <= speed(fast):
-            width = math.log(speed(fast) / speed(slow))
-            weight = math.log(target / speed(slow)) / width if width else 0.0
-            return (1 - weight) * np.array(slow["psnr"]) + weight * np.array(fast["psnr"])
+    cost = cost or speed
+    for slow, fast in pairwise(front(line, quality)):
+        if cost(slow) <= target <= cost(fast):
+            width = math.log(cost(fast) / cost(slow))
+            weight = math.log(target / cost(slow)) / width if width else 0.0
+            return (1 - weight) * np.array(slow[quality]) + weight * np.array(fast[quality])
     return None
 
 
-def front(line: list[Row]) -> list[Row]:
+def front(line: list[Row], quality: str = "psnr") -> list[Row]:
     """The settings that no faster one of the method matches in its mean PSNR."""
-    return [
-        row
-        for i, row in enumerate(line)
-        if all(np.mean(row["psnr"]) > np.mean(faster["psnr"]) for faster in line[i + 1 :])
-    ]
+    means = [np.mean(row[quality]) for row in line]
+    return [row for i, row in enumerate(line) if all(means[i] > mean for mean in means[i + 1 :])]
 
 
 def gain(mine: np.ndarray | None, other: np.ndarray | None) -> str:

@@ -1,19 +1,19 @@
 """The methods that RAS is measured against, each as settings for `benchmarks.quality.pareto`.
 
-* Fewer steps of the same scheduler, the plainest of all.
+* Fewer steps of the same scheduler, the plainest of all, and of multistep solvers.
 * The policy of RAS's published code, and the paper's as this library corrects it.
 * The caches of diffusers and of cache-dit, see `benchmarks.quality.caches`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 import ras
@@ -37,6 +37,11 @@ def settings(pipe: DiffusionPipeline, calibrate: Calibrate) -> list[Setting]:
         Setting("fewer steps", f"{steps} steps", steps, as_it_is)
         for steps in (24, 20, 17, 14, 12, 10, 8, 7)
     ]
+    solvers = [
+        Setting(method, f"{steps} steps", steps, partial(solved, scheduler=scheduler))
+        for method, scheduler in SOLVERS.items()
+        for steps in (20, 17, 14, 12, 10, 8)
+    ]
     regions = [
         Setting(method, f"ratio {ratio:g}", STEPS, partial(switch, ratio=ratio))
         for method, switch, ratios in (
@@ -45,20 +50,46 @@ def settings(pipe: DiffusionPipeline, calibrate: Calibrate) -> list[Setting]:
         )
         for ratio in ratios
     ]
-    if not of_sd3(pipe):
-        return fewer + regions
-    return fewer + regions + diffusers_settings(calibrate) + cache_dit_settings()
+    if not takes_solvers(pipe):
+        solvers = []
+    return (
+        fewer + solvers + regions + diffusers_settings(pipe, calibrate) + cache_dit_settings(pipe)
+    )
 
 
 def left_out(pipe: DiffusionPipeline) -> list[str]:
     """What `settings` cannot have here, in words."""
-    if not of_sd3(pipe):
-        return ["The caches of diffusers and cache-dit are set up for SD3 alone: left out"]
-    return [] if cache_dit() else ["cache-dit is not installed: left out"]
+    said = (
+        [] if takes_solvers(pipe) else ["Multistep solvers do not take its noise levels: left out"]
+    )
+    return said + ([] if cache_dit() else ["cache-dit is not installed: left out"])
 
 
-def of_sd3(pipe: DiffusionPipeline) -> bool:
-    return isinstance(pipe.transformer, SD3Transformer2DModel)
+# --- solvers ------------------------------------------------------------------------------------
+
+SOLVERS = {
+    "DPM++ 2M, fewer steps": partial(DPMSolverMultistepScheduler, solver_order=2),
+    "UniPC, fewer steps": partial(UniPCMultistepScheduler, solver_order=2),
+}
+
+
+def takes_solvers(pipe: DiffusionPipeline) -> bool:
+    """FLUX's pipelines hand their own noise levels to the scheduler, which these refuse."""
+    return "Flux" not in type(pipe).__name__
+
+
+@contextmanager
+def solved(pipe: DiffusionPipeline, scheduler: Callable[..., Any]) -> Iterator[None]:
+    """Another solver of the same equation, along the same shift of the noise levels."""
+    own, config = pipe.scheduler, pipe.scheduler.config
+    shift = config.get("flow_shift", config.get("shift"))
+    pipe.scheduler = scheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 # --- RAS as it was ------------------------------------------------------------------------------

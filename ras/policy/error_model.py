@@ -18,17 +18,19 @@ observation that noise wanders at a uniform pace in the position
 
     u = 0.2 log(sigma) - log(1 - sigma)
 
-namely as a fractional Brownian motion of it, `E |v_i - v_j|^2 = |u_i - u_j|^(2H)`, until it jumps
-at the end: noise below sigma 0.05 has a part of its own besides, of variance
+namely as a fractional Brownian motion of it, `E |v_i - v_j|^2 = |u_i - u_j|^(2H)`, until it begins
+to shake towards the end, and at last jumps: besides, each step has a part of its own, of variance
 
-    JUMP * (1 - sigma / 0.05)
+    SHAKE * (1 - sigma / 0.3)^2  below sigma 0.3,  and  JUMP * (1 - sigma / 0.05)  below 0.05
 
 The prediction of a fractional Brownian motion from two points is the `g` of `gains` (Mandelbrot
 and Van Ness, 1968, give the covariance; the best linear prediction is its normal equation). The
 constants were chosen on the bundled model with 28 steps, shift 3 and guidance 4, that of the jump
 on this model and another SD3 at guidance 1, 4 and 7 in 20, 28 and 50 steps (3 and 10 did equally
-well); `benchmarks.quality.pareto` tells what they are worth elsewhere. Of a model that predicts
-anything but the velocity of flow matching the velocity is taken to wander so; none was at hand.
+well). The shaking was found where schedules end at sigma 0.1, on the model of photographs and that
+of edits; its size was chosen on the bundled one. `benchmarks.quality.pareto` tells what they are
+worth elsewhere. Of a model that predicts anything but the velocity of flow matching the velocity is
+taken to wander so; none was at hand.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ from ..clock import SIGMAS, Clock, position, roughness
 Array = NDArray[np.float64]
 Steps = NDArray[np.integer]
 
-JUMP = 3.0  # variance, see above, in that of noise over a distance of 1
+JUMP, SHAKE = 3.0, 0.4  # variances, see above, in that of noise over a distance of 1
+SHAKING = 0.3  # the noise level that shaking begins at
 LONGEST = 16  # steps that one stretch may have, unless there are few dense steps for many
 STRETCHES = 100**3  # what a search may weigh: all that there are in 100 steps
 FINER = 8  # times as many dense steps has the plan that a coarser one is chosen out of
@@ -57,7 +60,10 @@ def covariance(clock: Clock, extrapolation: float) -> Array:
     sigmas = np.asarray(clock.sigmas[:-1], float)
     positions = np.array([position(sigma) for sigma in sigmas])
     distance = np.abs(positions[:, None] - positions) ** roughness(extrapolation)
-    jumps = np.diag(JUMP * np.maximum(1 - sigmas / SIGMAS[0], 0))
+    jumps = np.diag(
+        JUMP * np.maximum(1 - sigmas / SIGMAS[0], 0)
+        + SHAKE * np.maximum(1 - sigmas / SHAKING, 0) ** 2
+    )
     # All rows that K is multiplied by sum to 0, so that -D/2 does for it.
     kernel = jumps - 0.5 * distance
     scales = np.asarray(clock.scales)

@@ -12,9 +12,8 @@ import ras
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measure
 from benchmarks.kernels.jobs import JOBS, LUMINA, SD3, prepare
-from benchmarks.model import photos, scenes, train
+from benchmarks.model import edits, kontext, photos, scenes, sd3, train
 from benchmarks.quality import elsewhere, inpainting, judge, ours, plans
-from benchmarks.quality import photos as by_photos
 from benchmarks.speed import end_to_end, untrained
 from benchmarks.speed.families import FAMILIES
 from benchmarks.speed.timing import median_interval
@@ -148,6 +147,66 @@ def test_training_on_photographs_resumes(tmp_path, monkeypatch):
     assert image.size == (photos.SIDE, photos.SIDE)
 
 
+def pixels_that_differ(edit):
+    """Where the scenes before and after differ: (size, size) bool."""
+    return (edit.before.draw(128) != edit.after.draw(128)).any(-1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_an_edit_changes_what_it_says(seed):
+    """One thing, told by its words; nothing else differs by a pixel; backwards it is undone."""
+    edit = edits.sample(seed)
+    words = {*edit.instruction().replace(",", " ,").split()}
+    assert edit == edits.sample(seed) and words <= {*edits.words()}
+    undone = edit.reversed()
+    assert undone.reversed() == edit and undone.kind == edit.kind
+    assert undone.instruction() != edit.instruction()
+    changed, radius = pixels_that_differ(edit), max(scenes.SIZES.values()) + scenes.JITTER + 0.02
+    if edit.kind == "background":
+        assert edit.before.objects == edit.after.objects and changed.mean() > 0.5
+        return
+    touched = {*edit.before.objects} ^ {*edit.after.objects}
+    axis = (np.arange(128) + 0.5) / 128
+    x, y = np.meshgrid(axis, axis)
+    near = np.zeros_like(changed)
+    for thing in touched:
+        at = scenes.PLACES[thing.place]
+        near |= np.hypot(x - at[0], y - at[1]) < 1.5 * radius
+    assert len(touched) == (1 if edit.kind == "presence" else 2)
+    assert changed.any() and not (changed & ~near).any()
+    for scene in (edit.before, edit.after):
+        colours = [scene.colour, *(thing.colour for thing in scene.objects)]
+        assert len({*colours}) == len(colours)
+
+
+def test_edits_are_of_all_kinds():
+    drawn = [edits.sample(seed) for seed in range(400)]
+    shares = [sum(edit.kind == kind for edit in drawn) / 400 for kind in edits.KINDS]
+    assert min(shares) > 0.08 and shares[-1] < 0.2  # about one in eight of the background
+    longest = max(len(edit.instruction().replace(",", " ,").split()) for edit in drawn)
+    assert longest + 2 <= kontext.TEXT_TOKENS
+
+
+def test_training_to_edit_resumes(tmp_path, monkeypatch):
+    """In a few steps: the folder is a pipeline that knows its words, which RAS serves."""
+    monkeypatch.setattr(kontext, "PAIRS", 8)
+    monkeypatch.setattr(kontext, "BATCH", 2)
+    monkeypatch.setattr(kontext.torch, "compile", lambda model: model)
+    folder, work = tmp_path / "model", tmp_path / "work"
+    for steps in ("1", "2"):
+        folders = ["--out", str(folder), "--work", str(work)]
+        monkeypatch.setattr("sys.argv", ["kontext", "--steps", steps, *folders])
+        kontext.main()
+    assert torch.load(work / "kontext.pt")["step"] == 2
+    pipe, edit = sd3.load(folder), next(iter(kontext.unseen()))
+    words = pipe.tokenizer.tokenize(edit.instruction())
+    assert len(words) == len(edit.instruction().replace(",", " ,").split())
+    with ras.enabled(pipe, plan=(1, 1, 0.5, 0)):
+        image = pipe(**kontext.call(edit), num_inference_steps=4).images[0]
+        assert ras.stats(pipe).steps_sparse == 1 and ras.stats(pipe).warnings == ()
+    assert image.size == (sd3.SIDE, sd3.SIDE)
+
+
 def test_inpainting(capsys, monkeypatch):
     monkeypatch.setattr(inpainting, "AREAS", (0.05,))
     monkeypatch.setattr(inpainting, "SPEEDUPS", (2.0,))
@@ -161,18 +220,6 @@ def test_a_square_mask_stays_inside():
     for area in inpainting.AREAS:
         mask = inpainting.square((0.2, 0.8), area)
         assert mask.mean().item() == pytest.approx(area, rel=0.02)
-
-
-def test_photos(capsys, tmp_path):
-    """Its weights are there, and 4 of 4 steps are the dense run."""
-    file = tmp_path / "rows.json"
-    by_photos.main(
-        ["--count=1", "--steps=4", "--speedups", "1", "1.4", "--guidance=1", f"--json={file}"]
-    )
-    rows = json.loads(file.read_text())
-    found = {(row["asked"], row["method"]): row["psnr"] for row in rows}
-    assert len(found) == 6 and found[1.0, "RAS"] == found[1.0, "fewer steps, 4"] == 100
-    assert found[1.4, "RAS"] < 100 and "RAS, learnt" in capsys.readouterr().out
 
 
 def test_elsewhere(capsys, monkeypatch):

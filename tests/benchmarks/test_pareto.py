@@ -16,7 +16,7 @@ pytest.importorskip("diffusers", minversion="0.42")  # which has all of its cach
 import ras
 import ras_kernels
 from benchmarks.model import lumina, sd3, train
-from benchmarks.quality import ours, pareto, report, rivals
+from benchmarks.quality import drawing, ours, pareto, report, rivals
 from benchmarks.quality.setting import STEPS, Setting, as_it_is
 
 
@@ -61,13 +61,13 @@ def test_rival_comes_and_goes(method):
     """It computes less, begins anew in each run, and leaves the pipeline bit for bit as it was."""
     setting, (pipe, dense) = FASTEST[method], pipe_and_dense()
     transformer, before = pipe.transformer, attributes(pipe.transformer)
-    with pareto.RowCount(transformer) as all_rows:
+    with pareto.multiply_adds() as whole:
         assert torch.equal(draw(pipe), dense)
     with setting.switch(pipe):
-        with pareto.RowCount(pipe.transformer) as rows:
+        with pareto.multiply_adds() as counted:
             first = draw(pipe, setting.steps)
         assert torch.equal(draw(pipe, setting.steps), first)
-    assert rows.rows < 0.8 * all_rows.rows
+    assert counted.get_total_flops() < 0.85 * whole.get_total_flops()
     assert first.isfinite().all() and not torch.equal(first, dense)
     assert pipe.transformer is transformer and attributes(transformer) == before
     assert torch.equal(draw(pipe), dense)
@@ -132,10 +132,42 @@ def test_comparison():
         row("mine", 1.75, [32.0, 34.0], ours=True),
     ]
     lines = report.comparison(rows).splitlines()[4:]
-    assert lines[0] == "| fewer steps | 31.00 | 25.64 | 21.00 |  |  |"
-    assert lines[2] == "| **mine** |  | 33.00 | 32.25 | 31.00 |  |"
-    assert lines[3] == "| **mine** over fewer steps |  | +7.36 ± 0.00 | +11.25 ± 0.00 |  |  |"
+    assert lines[0] == "| fewer steps |  | 31.00 | 25.64 | 21.00 |  |  |"
+    assert lines[2] == "| **mine** |  |  | 33.00 | 32.25 | 31.00 |  |"
+    assert lines[3] == "| **mine** over fewer steps |  |  | +7.36 ± 0.00 | +11.25 ± 0.00 |  |  |"
     assert lines[4].endswith("| +6.25 ± 1.96 (other) |  |  |")
+
+
+def test_comparison_at_equal_distance():
+    """By hand: half-way between two settings in dB is half-way in the logarithm of the cost."""
+
+    def near(method, compute, limit, steps=28):
+        return row(method, compute, [0.0], method == "mine") | dict(
+            compute=compute, limit=[limit], steps=steps
+        )
+
+    rows = [
+        near("fewer steps", 1.4, 30.0, steps=20),
+        near("fewer steps", 2.8, 20.0, steps=10),
+        near("mine", 2.0, 35.0),
+        near("mine", 3.0, 25.0),
+        near("mine", 2.9, 22.0),  # beaten in both by the one before
+    ]
+    lines = report.at_equal_distance(rows).splitlines()
+    assert lines[2] == "| method | 20 steps | 10 steps |"
+    assert lines[4] == "| fewer steps | 1.00× | 1.00× |"
+    assert lines[5] == "| **mine** | 1.75× |  |"  # sqrt(2 * 3) / 1.4
+
+
+def test_multiply_adds_of_partial_steps():
+    """What the counter counts of a plan is what the plan says, of what goes with the tokens."""
+    pipe, _ = pipe_and_dense()
+    with pareto.multiply_adds() as whole:
+        draw(pipe, 4)
+    with ras.enabled(pipe, plan=(1, 1, 0.25, 0)), pareto.multiply_adds() as counted:
+        draw(pipe, 4)
+    share = counted.get_total_flops() / whole.get_total_flops()
+    assert 2.3 / 4 < share < 2.6 / 4  # a quarter of the image, and the text
 
 
 # --- the ruler ----------------------------------------------------------------------------------
@@ -156,11 +188,18 @@ def test_ruler_resumes(tmp_path, monkeypatch, capsys):
     plain = [Setting("fewer steps", f"{n} steps", n, as_it_is) for n in (3, 4)]
     monkeypatch.setattr(rivals, "settings", lambda pipe, calibrate: plain)
     mine = [Setting("mine", "half", 5, half_of_the_blocks)]
-    monkeypatch.setattr(ours, "settings", lambda folder: mine)
+    monkeypatch.setattr(ours, "settings", lambda folder, calibrate: mine)
     monkeypatch.setattr(train, "SCENES", 16)
     statistics = torch.zeros(64), torch.eye(64)
     monkeypatch.setattr(pareto.judge, "real_statistics", lambda classifier, work: statistics)
-    arguments = ["--count=4", "--half=b", "--batch=1", "--device=cpu", f"--out={tmp_path}"]
+    arguments = [
+        "--limit=6",
+        "--count=4",
+        "--half=b",
+        "--batch=1",
+        "--device=cpu",
+        f"--out={tmp_path}",
+    ]
     measure = pareto.Ruler.batch
 
     def once(self, images, progress):
@@ -215,12 +254,41 @@ def test_ruler_of_another_family(tmp_path, monkeypatch):
     monkeypatch.setattr(pareto.judge, "real_statistics", lambda classifier, work: None)
     monkeypatch.setattr(ours, "SPEEDUPS", (2.0,))
     monkeypatch.setattr(ours, "STEPS", 5)
+    monkeypatch.setattr(drawing, "STEPS", 5)
+    monkeypatch.setattr(ours, "LESSONS", 1)
     arguments = ["--count=2", "--batch=2", "--device=cpu", "--model", str(tmp_path / "model")]
-    pareto.main([*arguments, "--settings=1", f"--out={tmp_path / 'out'}"])
+    pareto.main([*arguments, "--settings=1", "--limit=6", f"--out={tmp_path / 'out'}"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {(row["method"], row["label"]): row for row in results["rows"]}
     assert {method for method, _ in rows} >= {"fewer steps", "RAS, paper", "RAS", "RAS, calibrated"}
-    assert not any("Cache" in method or "searched" in method for method, _ in rows)
+    assert "RAS, learnt" in {method for method, _ in rows}
+    assert {"TaylorSeer", "FirstBlockCache", "MagCache", "SeaCache"} <= {m for m, _ in rows}
+    assert not any("DBCache" in method or "searched" in method for method, _ in rows)
     assert rows["RAS, calibrated", "1.5x"]["compute"] == pytest.approx(5 / 3)
     assert 10 < np.mean(rows["RAS", "2x"]["psnr"]) < 100
-    assert "SD3 alone" in results["notes"][0]
+    assert results["notes"] == []
+
+
+@pytest.mark.parametrize("name", ["photos", "kontext"])
+def test_ruler_of_the_other_models(name, tmp_path, monkeypatch):
+    """Their weights are there; untimed, each run is made once, and cost is compute."""
+    monkeypatch.setattr(pareto.rivals, "STEPS", 4)
+    monkeypatch.setattr(ours, "STEPS", 4)
+    monkeypatch.setattr(drawing, "STEPS", 4)
+    monkeypatch.setattr(ours, "LESSONS", 1)
+    monkeypatch.setattr(ours, "SPEEDUPS", (2.0,))
+    plain = [Setting("fewer steps", "2 steps", 2, as_it_is)]
+    monkeypatch.setattr(rivals, "settings", lambda pipe, calibrate: plain)
+    monkeypatch.setattr(pareto.judge, "load_classifier", lambda: None)
+    monkeypatch.setattr(pareto.judge, "real_statistics", lambda classifier, work: None)
+    arguments = ["--model", name, "--count=1", "--batch=1", "--untimed", "--limit=5"]
+    pareto.main([*arguments, "--guidance=1", "--device=cpu", f"--out={tmp_path}"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["method"]: row for row in results["rows"]}
+    for method in ("fewer steps", "RAS", "RAS, learnt"):
+        assert rows[method]["compute"] == pytest.approx(2)
+        assert 5 < rows[method]["psnr"][0] < 100 and 5 < rows[method]["limit"][0] < 100
+    assert rows["dense"]["limit"][0] > rows["fewer steps"]["limit"][0]
+    assert len(results["dense"][0]) == 1
+    table = (tmp_path / "table.md").read_text()
+    assert "at equal wall time" not in table and "PSNR to the limit, dB, at equal compute" in table

@@ -11,6 +11,7 @@ from support.runs import run
 
 import ras
 from ras.clock import Clock
+from ras.policy import learning
 from ras.policy.error_model import covariance
 from ras.policy.learning import DOUBT, Learned, covariances, mean_of, mixed
 
@@ -24,6 +25,12 @@ STEPS = 10
 @pytest.fixture
 def pipe():
     return pipelines.sd3()
+
+
+@pytest.fixture
+def trusting(monkeypatch):
+    """One sample is believed, so that a plan by it is another one."""
+    monkeypatch.setattr(learning, "DOUBT", 0.1)
 
 
 def guided_noise(pipe, **call):
@@ -46,7 +53,7 @@ def learnt(pipe):
     return ras.stats(pipe).config.learned
 
 
-def test_the_next_run_is_dense_and_later_ones_are_planned_by_it(pipe):
+def test_the_next_run_is_dense_and_later_ones_are_planned_by_it(pipe, trusting):
     expected, inputs = run(pipe, sd3_inputs(pipe), STEPS), sd3_inputs(pipe)
     ras.enable(pipe, speedup=2)
     run(pipe, inputs, STEPS)
@@ -90,8 +97,9 @@ def test_what_is_learnt_by_hand(pipe):
     )
 
 
-def test_one_sample_counts_for_seventy_per_cent():
-    np.testing.assert_allclose(mixed(np.ones((2, 2)), 1, np.zeros((2, 2))), 0.7)
+def test_samples_count_for_more_together():
+    shares = [mixed(np.ones(1), samples, np.zeros(1)).item() for samples in (1, 6, 90)]
+    np.testing.assert_allclose(shares, [0.1, 0.4, 10 / 11])
 
 
 def test_samples_count_alike():

@@ -19,10 +19,10 @@ from support.pipelines import normal, sd3_inputs
 from support.runs import SHARES, levels, planned, run, run_noting_warnings
 
 import ras
-from ras.clock import Clock, position, read_clock
+from ras.clock import Clock, position, read_clock, roughness
 from ras.layout import Layout
 from ras.policy import error_model
-from ras.policy.error_model import JUMP, ErrorModel, covariance, gains
+from ras.policy.error_model import JUMP, SHAKE, ErrorModel, covariance, gains
 from ras.policy.planner import add_partial, plan_run, plan_speedup
 
 pytestmark = [
@@ -221,19 +221,28 @@ def test_pinned_steps_may_leave_a_long_way_to_go(steps, pinned):
         assert model.best(count, pinned) == tuple(sorted({0, *pinned}))
 
 
-def test_noise_jumps_below_sigma_0_05():
+def test_noise_shakes_and_jumps_at_the_end():
     """So the end is computed where the rest is good enough for it to matter, and only there."""
     sigmas = (0.9, 0.5, 0.05, 0.025, 0.01)
     kernel = covariance(Clock((*sigmas, 0)), 0.625)
-    smooth = covariance(
-        Clock((0.9, 0.5, 0.05, 0.05, 0.05, 0)), 0.625
-    )  # positions stand still at the end
-    jumps = np.diag(kernel - smooth)
-    assert np.allclose(jumps, [0, 0, 0, JUMP / 2, JUMP * 0.8])
-    assert np.allclose(kernel - np.diag(jumps), smooth)
+    at = np.array([position(sigma) for sigma in sigmas])  # which stand still at the end
+    smooth = -0.5 * np.abs(at[:, None] - at) ** roughness(0.625)
+    own = np.diag(kernel - smooth)
+    shaking = [0, 0, *(SHAKE * (1 - sigma / 0.3) ** 2 for sigma in sigmas[2:])]
+    assert np.allclose(own, np.add(shaking, [0, 0, 0, JUMP / 2, JUMP * 0.8]))
+    assert np.allclose(kernel - np.diag(own), smooth)
     sigmas = tuple(levels(28))
     for speedup, last in ((1.25, 1), (1.5, 1), (2, 1), (3, 0), (4, 0)):
         assert planned(ras.RASConfig(speedup=speedup), sigmas, 256, 0)[0].shares[-1] == last
+
+
+def test_the_last_steps_are_computed_where_levels_end_high():
+    """As FLUX's do, at sigma 0.1: what is left out of the last three lost 6 dB at 2x."""
+    flow = np.linspace(1, 1 / 28, 28)
+    sigmas = (*(3 * flow / (1 + 2 * flow)).tolist(), 0.0)
+    for speedup in (1.5, 2):
+        plan, _ = planned(ras.RASConfig(speedup=speedup), sigmas, 256, 0)
+        assert plan.shares[-3:] == (1, 1, 1)
 
 
 @pytest.mark.parametrize("extrapolation", [0.3, 0.62, 1.0])

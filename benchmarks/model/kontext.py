@@ -1,0 +1,221 @@
+"""Train the editing model: a tiny `FluxKontextPipeline` that follows instructions.
+
+    python -m benchmarks.model.kontext --work work --out editing
+    python -m benchmarks.model.kontext --out editing --sheet sheet.png
+
+FLUX.1-Kontext's form, without guidance: the reference's tokens come after the image's, the
+instruction is text. It learns from the edits of `benchmarks.model.edits`, through the bundled
+model's autoencoder. Training resumes from the checkpoint in `--work`, with the batches that
+`(seed, step)` determine. The second form draws unseen edits: reference, result, and what was asked.
+
+Images are (3, 256, 256) in [-1, 1]; latents are (8, 32, 32), of mean 0 and standard deviation 1;
+the transformer sees 256 tokens of the image, 256 of the reference and 16 of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import textwrap
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import CLIPTextModel
+
+import ras
+
+from ..commands import COUNT, STEP, as_command
+from . import edits
+from .sd3 import LATENT, SIDE, begin_with_zeros, build_text_encoder, export, load, write_tokenizer
+from .train import UNSEEN, lower_precision, train_average
+
+PAIRS = 4000  # to train on, each in both directions
+BATCH = 16
+TEXT_TOKENS = 16  # the longest instruction takes 9, and the two end marks
+TEXT_WIDTH = 128
+SHIFT = 3.0
+CHANGED, WEIGHT = 0.05, 4.0  # a token that an edit changes by more weighs so many times more
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT[0],
+        num_layers=2,
+        num_single_layers=5,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 28, 28),
+    )
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    # Blocks begin as the identity.
+    begin_with_zeros(*(m for name, m in linears if ".norm" in name or name == "proj_out"))
+    return model
+
+
+def build_pipeline(work: Path, seed: int) -> FluxKontextPipeline:
+    """The pipeline, untrained but for its autoencoder."""
+    torch.manual_seed(seed)
+    tokenizer = write_tokenizer(work / "tokenizer", edits.words(), TEXT_TOKENS)
+    encoder = build_text_encoder(tokenizer, 1, TEXT_WIDTH, TEXT_TOKENS, CLIPTextModel)
+    return FluxKontextPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=load(ras.bundled_model()).vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        transformer=build_transformer(),
+    )
+
+
+def draw(seeds: list[int]) -> Tensor:
+    """The scenes before and after the edits of the seeds: (N, 2, 3, 256, 256) uint8."""
+    chosen = [edits.sample(seed) for seed in seeds]
+    pairs = np.stack([[e.before.draw(SIDE), e.after.draw(SIDE)] for e in chosen])
+    return torch.from_numpy(pairs).movedim(-1, 2)
+
+
+def encode(pipe: FluxKontextPipeline, work: Path) -> np.memmap:
+    """The latents before and after, (PAIRS, 2, 8, 32, 32) float16, packed as the model reads them:
+    (PAIRS, 2, 256, 32)."""
+    path, mark = work / "edits.npy", work / "edits.json"
+    done = json.loads(mark.read_text()) if mark.exists() else 0
+    latents = np.lib.format.open_memmap(
+        path, "r+" if done else "w+", np.float16, (PAIRS, 2, 256, 4 * LATENT[0])
+    )
+    vae = pipe.vae.to(memory_format=torch.channels_last)
+    encoder, config = torch.compile(vae.encoder), vae.config
+    seeds = range(done, PAIRS)
+    for batch in DataLoader(seeds, batch_size=4, num_workers=1, collate_fn=draw):
+        pixels = (batch.flatten(0, 1) / 127.5 - 1).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            mean = encoder(pixels)[:, : LATENT[0]]
+        normal = (mean - config.shift_factor) * config.scaling_factor
+        packed = pipe._pack_latents(normal, len(normal), *LATENT)
+        latents[done : done + len(batch)] = packed.unflatten(0, (-1, 2)).numpy()
+        done += len(batch)
+        if done % 200 == 0:
+            latents.flush()
+            mark.write_text(json.dumps(done))
+            print(f"encoded {done}/{PAIRS}", flush=True)
+    return latents
+
+
+def embed(pipe: FluxKontextPipeline, instructions: list[str]) -> dict[str, Tensor]:
+    """Text states (N, 16, 128), pooled ones (N, 128) and ids, as the transformer takes them."""
+    states, pooled, ids = pipe.encode_prompt(instructions, None, max_sequence_length=TEXT_TOKENS)
+    return {"encoder_hidden_states": states, "pooled_projections": pooled, "txt_ids": ids}
+
+
+def flow_loss(
+    network: nn.Module, pipe: FluxKontextPipeline, latents: np.memmap, seed: int, step: int
+) -> Tensor:
+    """The weighted squared error of the velocity, noise - latent, on the batch of (seed, step)."""
+    rng = np.random.default_rng((seed, step))
+    chosen = rng.choice(len(latents), BATCH, replace=False)
+    backwards = rng.random(BATCH) < 0.5
+    asked = [edits.sample(int(i)) for i in chosen]
+    asked = [e.reversed() if back else e for e, back in zip(asked, backwards, strict=True)]
+    pairs = torch.from_numpy(latents[chosen].astype(np.float32))
+    pairs[backwards] = pairs[backwards].flip(1)
+    reference, image = pairs.unbind(1)
+    noise = torch.from_numpy(rng.standard_normal(image.shape, np.float32))
+    u = torch.from_numpy(rng.standard_normal(BATCH, np.float32)).sigmoid()
+    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    noisy = torch.lerp(image, noise, sigma[:, None, None])
+    ids = pipe._prepare_latent_image_ids(BATCH, 16, 16, "cpu", torch.float32)
+    kept = ids.clone()
+    kept[..., 0] = 1
+    text = embed(pipe, [edit.instruction() for edit in asked])
+    with lower_precision("cpu"):
+        velocity = network(
+            torch.cat([noisy, reference], 1),
+            timestep=sigma,
+            img_ids=torch.cat([ids, kept]),
+            return_dict=False,
+            **text,
+        )[0][:, :256]
+    error = (velocity.float() - (noise - image)).square().mean(-1)
+    changed = (image - reference).square().mean(-1) > CHANGED
+    weight = torch.where(changed, WEIGHT, 1.0)
+    return (error * weight).sum() / weight.sum()
+
+
+def train(work: Path, out: Path, steps: int, seed: int) -> None:
+    """Train on the CPU, leaving the pipeline with the moving average of the weights in `out`."""
+    pipe = build_pipeline(work, seed)
+    latents = encode(pipe, work)
+
+    def loss(network: nn.Module, step: int) -> Tensor:
+        return flow_loss(network, pipe, latents, seed, step)
+
+    def keep() -> None:
+        export(pipe, out, edits.words(), TEXT_TOKENS)
+
+    train_average("kontext", pipe.transformer, work / "kontext.pt", steps, BATCH, loss, keep)
+
+
+def unseen() -> Any:
+    """Edits of scenes that the model was not trained on."""
+    return (edits.sample(seed) for seed in range(UNSEEN, 2 * UNSEEN))
+
+
+def call(edit: edits.Edit) -> dict[str, Any]:
+    """What the pipeline takes for an edit: its arguments by name."""
+    return {
+        "image": Image.fromarray(edit.before.draw(SIDE)),
+        "prompt": edit.instruction(),
+        "max_sequence_length": TEXT_TOKENS,
+        "height": SIDE,
+        "width": SIDE,
+        "max_area": SIDE * SIDE,
+        "_auto_resize": False,
+    }
+
+
+def draw_sheet(out: Path, sheet: Path, count: int = 24) -> None:
+    """Draw unseen edits, each from the seed of its number: reference, result, what was asked."""
+    pipe, columns, height = load(out), 4, SIDE + 30
+    page = Image.new("RGB", (columns * 3 * SIDE, math.ceil(count / columns) * height), "white")
+    pen = ImageDraw.Draw(page)
+    for i, edit in enumerate(islice(unseen(), count)):
+        result = pipe(**call(edit), generator=torch.Generator().manual_seed(i)).images[0]
+        x, y = i % columns * 3 * SIDE, i // columns * height
+        shown = call(edit)["image"], result, Image.fromarray(edit.after.draw(SIDE))
+        for place, image in enumerate(shown):
+            page.paste(image, (x + place * SIDE, y))
+        pen.text((x + 4, y + SIDE + 2), textwrap.fill(edit.instruction(), 80), fill="black")
+    page.save(sheet)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the pipeline folder")
+    parser.add_argument("--work", type=Path, help="where checkpoints and latents are kept")
+    parser.add_argument("--steps", type=COUNT, default=3000)
+    parser.add_argument("--seed", type=STEP, default=0)
+    parser.add_argument("--sheet", type=Path, help="only draw unseen edits with --out, as this PNG")
+    args = parser.parse_args()
+    if args.sheet:
+        draw_sheet(args.out, args.sheet)
+        return
+    if not args.work:
+        parser.error("training needs --work")
+    args.work.mkdir(parents=True, exist_ok=True)
+    train(args.work, args.out, args.steps, args.seed)
+
+
+if __name__ == "__main__":
+    as_command(main)
