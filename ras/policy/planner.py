@@ -211,10 +211,12 @@ def plan_masked(
     must = {0, *pinned}
     budget = max(model.steps / speedup, 1)
     count = max(int(budget / (1 + PARTIALS * partial)), len(must))
-    while count + round((budget - count) / partial) > model.steps:
-        count += 1  # there are not steps enough for as many partial ones
+    # Where there are not steps enough for as many partial ones, more are dense, if that is paid for.
+    room = budget - partial
+    while count + 1 < room and count + round((budget - count) / partial) > model.steps:
+        count += 1
     dense = model.best(count, must)
-    rest = max(round((budget - count) / partial), 0)
+    rest = min(max(round((budget - count) / partial), 0), model.steps - count)
     both = model.best(count + rest, dense)
     shares = [0.0] * model.steps
     for step in both:

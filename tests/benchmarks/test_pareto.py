@@ -16,7 +16,7 @@ pytest.importorskip("diffusers", minversion="0.42")  # which has all of its cach
 import ras
 import ras_kernels
 from benchmarks.model import lumina, sd3, train
-from benchmarks.quality import drawing, ours, pareto, report, rivals
+from benchmarks.quality import caches, drawing, ours, pareto, report, rivals
 from benchmarks.quality.setting import STEPS, Setting, as_it_is
 
 
@@ -255,6 +255,7 @@ def test_ruler_of_another_family(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "SPEEDUPS", (2.0,))
     monkeypatch.setattr(ours, "STEPS", 5)
     monkeypatch.setattr(drawing, "STEPS", 5)
+    monkeypatch.setattr(caches, "STEPS", 5)
     monkeypatch.setattr(ours, "LESSONS", 1)
     arguments = ["--count=2", "--batch=2", "--device=cpu", "--model", str(tmp_path / "model")]
     pareto.main([*arguments, "--settings=1", "--limit=6", f"--out={tmp_path / 'out'}"])

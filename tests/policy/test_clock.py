@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ras.clock import Clock, is_set, position, read_clock
-from ras.policy.error_model import covariance
+from ras.policy.error_model import SHAKE, covariance
 
 STEPS = 12
 FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
@@ -159,11 +159,12 @@ def test_all_predictions_change_where_the_velocity_does(prediction, sign):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_covariance_is_that_of_a_scaled_walk(prediction):
-    """Of a Brownian motion, whose steps are independent of each other."""
+    """Of a Brownian motion, whose steps are independent of each other, and what shakes besides."""
     clock = Clock((0.97, 0.9, 0.7, 0.4, 0.2, 0.1, 0.0), 1, prediction)
     kernel, scales = covariance(clock, 0.0), np.array(clock.scales)
     at = [position(sigma) for sigma in clock.sigmas[:-1]]
     steps = np.abs(np.diff(at)) * ((scales[1:] + scales[:-1]) / 2) ** 2
     for i, j in itertools.combinations(range(6), 2):
         distance = kernel[i, i] + kernel[j, j] - 2 * kernel[i, j]
-        assert distance == pytest.approx(steps[i:j].sum())
+        own = sum(SHAKE * max(1 - clock.sigmas[k] / 0.3, 0) ** 2 * scales[k] ** 2 for k in (i, j))
+        assert distance == pytest.approx(steps[i:j].sum() + own)

@@ -221,6 +221,17 @@ def test_pinned_steps_may_leave_a_long_way_to_go(steps, pinned):
         assert model.best(count, pinned) == tuple(sorted({0, *pinned}))
 
 
+@pytest.mark.parametrize(("steps", "speedup"), [(8, 3.2), (8, 2.0), (6, 2.0), (4, 1.8)])
+def test_a_small_mask_has_partial_steps_in_few(steps, speedup):
+    """Where the budget would pay for more of them than there are steps, all others are partial."""
+    plan, _ = planned(ras.RASConfig(speedup=speedup), levels(steps), 1024, 0, masked=60)
+    dense = plan.shares.count(1)
+    partial = sum(0 < share < 1 for share in plan.shares)
+    cost = dense + partial * 60 / 1024
+    assert partial and cost <= steps / speedup + 0.03
+    assert partial == steps - dense or abs(steps / cost / speedup - 1) < 0.03
+
+
 def test_noise_shakes_and_jumps_at_the_end():
     """So the end is computed where the rest is good enough for it to matter, and only there."""
     sigmas = (0.9, 0.5, 0.05, 0.025, 0.01)
