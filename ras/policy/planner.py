@@ -211,7 +211,7 @@ def plan_masked(
     must = {0, *pinned}
     budget = max(model.steps / speedup, 1)
     count = max(int(budget / (1 + PARTIALS * partial)), len(must))
-    # Where there are not steps enough for as many partial ones, more are dense, if that is paid for.
+    # Where there are not steps enough for so many partial ones, more are dense, if there is room.
     room = budget - partial
     while count + 1 < room and count + round((budget - count) / partial) > model.steps:
         count += 1
