@@ -14,17 +14,23 @@ the transformer sees 256 tokens of the image, 256 of the reference and 16 of tex
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+)
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,10 +38,11 @@ from transformers import CLIPTextModel
 
 import ras
 
-from ..commands import COUNT, STEP, as_command
+from ..commands import as_command
 from . import edits
+from .scenes import Scene
 from .sd3 import LATENT, SIDE, begin_with_zeros, build_text_encoder, export, load, write_tokenizer
-from .train import UNSEEN, lower_precision, train_average
+from .train import UNSEEN, lower_precision, train_average, train_or_draw
 
 PAIRS = 4000  # to train on, each in both directions
 BATCH = 16
@@ -69,9 +76,14 @@ def build_pipeline(work: Path, seed: int) -> FluxKontextPipeline:
     torch.manual_seed(seed)
     tokenizer = write_tokenizer(work / "tokenizer", edits.words(), TEXT_TOKENS)
     encoder = build_text_encoder(tokenizer, 1, TEXT_WIDTH, TEXT_TOKENS, CLIPTextModel)
+    trained = load(ras.bundled_model()).vae
+    # Anew, as its configuration would say in which folder it was found.
+    config = {key: value for key, value in trained.config.items() if not key.startswith("_")}
+    vae = AutoencoderKL.from_config(config)
+    vae.load_state_dict(trained.state_dict())
     return FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=load(ras.bundled_model()).vae,
+        vae=vae,
         text_encoder=encoder,
         tokenizer=tokenizer,
         text_encoder_2=encoder,
@@ -167,9 +179,15 @@ def train(work: Path, out: Path, steps: int, seed: int) -> None:
     train_average("kontext", pipe.transformer, work / "kontext.pt", steps, BATCH, loss, keep)
 
 
-def unseen() -> Any:
-    """Edits of scenes that the model was not trained on."""
-    return (edits.sample(seed) for seed in range(UNSEEN, 2 * UNSEEN))
+def unseen() -> Iterator[edits.Edit]:
+    """Edits from `UNSEEN` on, without those that the model was trained on in either direction."""
+
+    def scenes_of(edit: edits.Edit) -> frozenset[Scene]:
+        return frozenset(replace(scene, seed=0) for scene in (edit.before, edit.after))
+
+    seen = {scenes_of(edits.sample(seed)) for seed in range(PAIRS)}
+    fresh = (edits.sample(seed) for seed in range(UNSEEN, 2 * UNSEEN))
+    return (edit for edit in fresh if scenes_of(edit) not in seen)
 
 
 def call(edit: edits.Edit) -> dict[str, Any]:
@@ -201,20 +219,7 @@ def draw_sheet(out: Path, sheet: Path, count: int = 24) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="the pipeline folder")
-    parser.add_argument("--work", type=Path, help="where checkpoints and latents are kept")
-    parser.add_argument("--steps", type=COUNT, default=3000)
-    parser.add_argument("--seed", type=STEP, default=0)
-    parser.add_argument("--sheet", type=Path, help="only draw unseen edits with --out, as this PNG")
-    args = parser.parse_args()
-    if args.sheet:
-        draw_sheet(args.out, args.sheet)
-        return
-    if not args.work:
-        parser.error("training needs --work")
-    args.work.mkdir(parents=True, exist_ok=True)
-    train(args.work, args.out, args.steps, args.seed)
+    train_or_draw(__doc__, train, draw_sheet, steps=3000)
 
 
 if __name__ == "__main__":

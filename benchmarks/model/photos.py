@@ -14,7 +14,6 @@ Images are (3, 64, 64) float32 in [-1, 1], of patches of 2 x 2; what is predicte
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from pathlib import Path
@@ -28,9 +27,9 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepSche
 from PIL import Image
 from torch import Tensor, nn
 
-from ..commands import COUNT, STEP, as_command
+from ..commands import as_command
 from .sd3 import begin_with_zeros
-from .train import lower_precision, train_average
+from .train import lower_precision, train_average, train_or_draw
 
 SIDE = 64
 BATCH = 12
@@ -161,20 +160,7 @@ def draw_sheet(out: Path, sheet: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="the transformer's folder")
-    parser.add_argument("--work", type=Path, help="where the checkpoint is kept")
-    parser.add_argument("--steps", type=COUNT, default=6000)
-    parser.add_argument("--seed", type=STEP, default=0)
-    parser.add_argument("--sheet", type=Path, help="only draw samples of --out, as this PNG")
-    args = parser.parse_args()
-    if args.sheet:
-        draw_sheet(args.out, args.sheet)
-        return
-    if not args.work:
-        parser.error("training needs --work")
-    args.work.mkdir(parents=True, exist_ok=True)
-    train(args.work, args.out, args.steps, args.seed)
+    train_or_draw(__doc__, train, draw_sheet, steps=6000)
 
 
 if __name__ == "__main__":

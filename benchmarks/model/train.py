@@ -292,6 +292,36 @@ def train_average(
             keep()
 
 
+def train_or_draw(
+    doc: str,
+    train: Callable[[Path, Path, int, int], None],
+    draw_sheet: Callable[[Path, Path], None],
+    steps: int,
+) -> None:
+    """The command of a module that trains one model: `--work` to train, or `--sheet` to draw.
+
+    Args:
+        doc: The module's docstring.
+        train: Takes `--work`, `--out`, `--steps` and `--seed`.
+        draw_sheet: Takes `--out` and `--sheet`.
+        steps: As many as there are unless told.
+    """
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--work", type=Path, help="where checkpoints and data are kept")
+    parser.add_argument("--steps", type=COUNT, default=steps)
+    parser.add_argument("--seed", type=STEP, default=0)
+    parser.add_argument("--sheet", type=Path, help="only draw samples of --out, as this PNG")
+    args = parser.parse_args()
+    if args.sheet:
+        draw_sheet(args.out, args.sheet)
+        return
+    if not args.work:
+        parser.error("training needs --work")
+    args.work.mkdir(parents=True, exist_ok=True)
+    train(args.work, args.out, args.steps, args.seed)
+
+
 def unseen() -> Iterator[scenes.Scene]:
     """Scenes from `UNSEEN` on, without those that the pipeline was trained on."""
     seen = {replace(scenes.sample(i), seed=0) for i in range(SCENES)}

@@ -144,10 +144,10 @@ def real_statistics(classifier: Classifier, work: Path, count: int = 2000) -> tu
     return kept["mean"], kept["cov"]
 
 
-def generate(pipe: DiffusionPipeline, items: Sequence[Item], batch: int) -> Iterator[Tensor]:
+def generate(pipe: DiffusionPipeline, asked: Sequence[Item], batch: int) -> Iterator[Tensor]:
     """The pipeline's images of the items, (N, 3, 256, 256) float32 in [0, 1]."""
-    for first in tqdm(range(0, len(items), batch), "batches"):
-        inputs = encode(pipe, list(items[first : first + batch]))
+    for first in tqdm(range(0, len(asked), batch), "batches"):
+        inputs = encode(pipe, list(asked[first : first + batch]))
         yield decode(pipe, draw(pipe, inputs, setting.STEPS))
 
 

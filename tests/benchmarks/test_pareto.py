@@ -67,7 +67,7 @@ def test_rival_comes_and_goes(method):
         with pareto.multiply_adds() as counted:
             first = draw(pipe, setting.steps)
         assert torch.equal(draw(pipe, setting.steps), first)
-    assert counted.get_total_flops() < 0.85 * whole.get_total_flops()
+    assert counted.get_total_flops() < 0.8 * whole.get_total_flops()
     assert first.isfinite().all() and not torch.equal(first, dense)
     assert pipe.transformer is transformer and attributes(transformer) == before
     assert torch.equal(draw(pipe), dense)
