@@ -7,6 +7,7 @@ not asked for is drawn alike before and after, to the pixel.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -102,15 +103,19 @@ def _changed(scene: Scene, kind: str, rng: np.random.Generator) -> Scene:
         ]
         value = free[rng.integers(len(free))]
     else:
-        options = {"colour": scenes.COLOURS, "texture": scenes.TEXTURES, "shape": scenes.SHAPES}
+        options: dict[str, Iterable[str]] = {
+            "colour": scenes.COLOURS,
+            "texture": scenes.TEXTURES,
+            "shape": scenes.SHAPES,
+        }
         taken = colours if kind == "colour" else {getattr(thing, kind)}
         value = _other(rng, options[kind], taken)
     changed = replace(thing, **{kind: value})
     return replace(scene, objects=(*scene.objects[:at], changed, *scene.objects[at + 1 :]))
 
 
-def _other(rng: np.random.Generator, options: object, taken: set[str]) -> str:
-    free = [option for option in options if option not in taken]  # type: ignore[attr-defined]
+def _other(rng: np.random.Generator, options: Iterable[str], taken: set[str]) -> str:
+    free = [option for option in options if option not in taken]
     return free[rng.integers(len(free))]
 
 

@@ -127,16 +127,16 @@ def words() -> list[str]:
     return sorted({*" ".join(names).split(), "a", "an", "and", "on", "background", ","})
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...], count: int) -> list[str]:
-    return [options[i] for i in rng.choice(len(options), count, replace=False)]
-
-
 def are_apart(places: list[str], sizes: list[str]) -> bool:
     """Whether objects of these sizes at these places leave a gap between any two."""
     return all(
         np.hypot(*np.subtract(PLACES[p], PLACES[q])) + 1e-6 >= SIZES[s] + SIZES[t] + GAP
         for (p, s), (q, t) in combinations(zip(places, sizes, strict=True), 2)
     )
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...], count: int) -> list[str]:
+    return [options[i] for i in rng.choice(len(options), count, replace=False)]
 
 
 def _cover(distance: Array, size: int) -> Array:
