@@ -281,9 +281,14 @@ def cache_dit() -> ModuleType | None:
     return cache_dit
 
 
+def takes_cache_dit(pipe: DiffusionPipeline) -> bool:
+    """Whether it has a pattern for the blocks of this model."""
+    return FORMS[_class_of(pipe)].pattern is not None
+
+
 def cache_dit_settings(pipe: DiffusionPipeline) -> list[Setting]:
     library = cache_dit()
-    if library is None or FORMS[_class_of(pipe)].pattern is None:
+    if library is None or not takes_cache_dit(pipe):
         return []
     found = []
     for threshold in (0.06, 0.08, 0.12, 0.16, 0.24):

@@ -19,7 +19,7 @@ from torch import Tensor
 import ras
 import ras_kernels
 
-from .caches import cache_dit, cache_dit_settings, diffusers_settings
+from .caches import cache_dit, cache_dit_settings, diffusers_settings, takes_cache_dit
 from .setting import STEPS, Calibrate, Setting, as_it_is
 
 PUBLISHED_SCALE = 0.1  # what the published code uses, whatever its starvation_scale is set to
@@ -59,10 +59,12 @@ def settings(pipe: DiffusionPipeline, calibrate: Calibrate) -> list[Setting]:
 
 def left_out(pipe: DiffusionPipeline) -> list[str]:
     """What `settings` cannot have here, in words."""
-    said = (
-        [] if takes_solvers(pipe) else ["Multistep solvers do not take its noise levels: left out"]
-    )
-    return said + ([] if cache_dit() else ["cache-dit is not installed: left out"])
+    said = []
+    if not takes_solvers(pipe):
+        said.append("Multistep solvers do not take its noise levels: left out")
+    if takes_cache_dit(pipe) and cache_dit() is None:
+        said.append("cache-dit is not installed: left out")
+    return said
 
 
 # --- solvers ------------------------------------------------------------------------------------
