@@ -25,8 +25,8 @@ class RASConfig:
 
     What each step computes comes from `plan`; else, if `speedup` is None and `sample_ratio` is
     given, from the paper's schedule; else from a plan made for `speedup`; if that is None too, for
-    2, or for one step left out of fewer than 12. Steps are solver steps, counted from 0 at the
-    first one that a run executes.
+    2, or for one step left out of 6 to 11, none of fewer. Steps are solver steps, counted from 0 at
+    the first one that a run executes.
 
     In the paper's schedule a step computes `sample_ratio` of the tokens unless it comes before
     `scheduler_start_step` (None: 4) or after `scheduler_end_step`, or is in `error_reset_steps`

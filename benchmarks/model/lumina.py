@@ -1,6 +1,12 @@
-"""A second model to judge by: a tiny `LuminaPipeline` for the same scenes, untrained.
+"""Train a second model to judge by: a tiny `LuminaPipeline` for the same scenes.
 
-Of the size of `benchmarks.model.sd3`'s, with the same autoencoder and the same words. What differs
+    python -m benchmarks.model.lumina --work work --out lumina
+    python -m benchmarks.model.lumina --out lumina --sheet sheet.png
+
+Training resumes from the checkpoint in `--work`, with the batches that `(seed, step)` determine.
+The second form draws captions that training never saw.
+
+The model is of the size of the bundled one, with its autoencoder and its words. What differs
 is the family: rotary positions instead of learnt ones, RMS norms and tanh gates, grouped queries
 (two heads of 64, one of keys and values), the text read by cross-attention, and a transformer that
 predicts latent - noise at times that run from 0 to 1.
@@ -9,9 +15,11 @@ predicts latent - noise at times that run from 0 to 1.
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,7 +30,13 @@ from diffusers import (
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
+import ras
+
+from ..commands import as_command
 from .sd3 import LATENT, begin_with_zeros, build_text_encoder, write_tokenizer
+from .train import draw_sheet, encode, train_or_draw, train_transformer
+
+SCENES = 4000  # to train on, the first of those of the bundled model
 
 TEXT_WIDTH = 128
 TEXT_TOKENS = 32  # the pipeline pads to a multiple of 8
@@ -80,3 +94,21 @@ def velocity(model: Any, noisy: Tensor, sigma: Tensor, text: dict[str, Tensor]) 
         **text,
     )[0]
     return -output.chunk(2, dim=1)[0]  # the other half, learnt variances, is not used
+
+
+def train(work: Path, out: Path, steps: int, seed: int) -> None:
+    """Train on the CPU, leaving the pipeline with the moving average of the weights in `out`."""
+    vae = AutoencoderKL.from_pretrained(ras.bundled_model(), subfolder="vae")
+    pipe = build_pipeline(vae, work, seed)
+    latents = encode(vae, work, "cpu", SCENES)
+    latents = latents + np.float16(vae.config.scaling_factor * vae.config.shift_factor)
+    this = sys.modules[__name__]
+    train_transformer(this, pipe, latents, work / "lumina.pt", out, steps, seed)
+
+
+def main() -> None:
+    train_or_draw(__doc__, train, draw_sheet, steps=3000)
+
+
+if __name__ == "__main__":
+    as_command(main)

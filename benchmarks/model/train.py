@@ -2,12 +2,10 @@
 
     python -m benchmarks.model.train --work work --out model
     python -m benchmarks.model.train --out model --sheet sheet.png
-    python -m benchmarks.model.train --family lumina --work work --out lumina
 
 The first form trains the autoencoder, encodes the scenes, trains the transformer and writes
 the pipeline folder; every stage resumes from the checkpoint it left in `--work`, with the
-batches that `(seed, step)` determine. The second form draws captions that training never saw. The
-third trains another family's transformer with the same autoencoder, for benchmarks alone.
+batches that `(seed, step)` determine. The second form draws captions that training never saw.
 
 Images are (3, 256, 256) float32 in [-1, 1]; latents are (8, 32, 32), normalised to mean 0 and
 standard deviation 1; the transformer sees 16 x 16 = 256 image tokens and 28 of text.
@@ -36,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..commands import COUNT, STEP, as_command
-from . import lumina, scenes, sd3
+from . import scenes, sd3
 from .sd3 import LATENT, SIDE, build_vae, export, load
 
 CROP = 64  # pixels of the side of the crops the autoencoder learns from
@@ -45,7 +43,6 @@ UNSEEN = 10_000_000  # scenes from here on are for looking at what the model lea
 BATCH = 32
 SAVE_EVERY = WARM = 100  # steps
 BLOCKS = ("transformer_blocks", "single_transformer_blocks", "layers")
-FAMILIES = {"sd3": sd3, "lumina": lumina}
 
 
 def lower_precision(device: str) -> torch.autocast:
@@ -157,14 +154,14 @@ def train_vae(work: Path, steps: int, seed: int, device: str) -> AutoencoderKL:
     return vae.eval()
 
 
-def encode(vae: AutoencoderKL, work: Path, device: str) -> np.memmap:
-    """The scenes' latents, (SCENES, 8, 32, 32) float16; also sets how the VAE normalises them."""
+def encode(vae: AutoencoderKL, work: Path, device: str, count: int) -> np.memmap:
+    """The scenes' latents, (count, 8, 32, 32) float16; also sets how the VAE normalises them."""
     path, mark = work / "latents.npy", work / "latents.json"
     state = json.loads(mark.read_text()) if mark.exists() else {"done": 0}
     latents = np.lib.format.open_memmap(
-        path, "r+" if state["done"] else "w+", np.float16, (SCENES, *LATENT)
+        path, "r+" if state["done"] else "w+", np.float16, (count, *LATENT)
     )
-    for batch in images(range(state["done"], SCENES)):
+    for batch in images(range(state["done"], count)):
         with torch.no_grad(), lower_precision(device):
             mean = vae.encode(batch.to(device)).latent_dist.mean.float()
         if not state["done"]:
@@ -175,7 +172,7 @@ def encode(vae: AutoencoderKL, work: Path, device: str) -> np.memmap:
         if state["done"] % 1000 == 0:
             latents.flush()
             mark.write_text(json.dumps(state))
-            print(f"encoded {state['done']}/{SCENES}", flush=True)
+            print(f"encoded {state['done']}/{count}", flush=True)
     vae.register_to_config(**{key: state[key] for key in ("shift_factor", "scaling_factor")})
     return latents
 
@@ -184,8 +181,7 @@ def flow_loss(
     network: nn.Module,
     family: ModuleType,
     pipeline: DiffusionPipeline,
-    latents: np.memmap,
-    mean: float,
+    latents: np.ndarray,
     seed: int,
     step: int,
 ) -> Tensor:
@@ -196,7 +192,7 @@ def flow_loss(
     captions = ["" if rng.random() < 0.1 else scenes.sample(int(i)).caption() for i in chosen]
     device = pipeline.device
     text = family.embed(pipeline, captions)
-    latent = torch.from_numpy(latents[chosen].astype(np.float32)).to(device) + mean
+    latent = torch.from_numpy(latents[chosen].astype(np.float32)).to(device)
     noise = torch.from_numpy(rng.standard_normal(latent.shape, np.float32)).to(device)
     shift = pipeline.scheduler.config.shift
     u = torch.from_numpy(rng.standard_normal(BATCH, np.float32)).to(device).sigmoid()
@@ -222,8 +218,7 @@ def optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
 def train_transformer(
     family: ModuleType,
     pipeline: DiffusionPipeline,
-    latents: np.memmap,
-    mean: float,
+    latents: np.ndarray,
     path: Path,
     out: Path,
     steps: int,
@@ -234,14 +229,13 @@ def train_transformer(
     Args:
         family: `benchmarks.model.sd3` or `benchmarks.model.lumina`.
         pipeline: What its `build_pipeline` made.
-        latents: (n, 8, 32, 32), of mean 0.
-        mean: What the pipeline wants it to be.
+        latents: (n, 8, 32, 32), as the pipeline has them.
         path: The checkpoint.
         out, steps, seed: See the command line.
     """
 
     def loss(network: nn.Module, step: int) -> Tensor:
-        return flow_loss(network, family, pipeline, latents, mean, seed, step)
+        return flow_loss(network, family, pipeline, latents, seed, step)
 
     average = pipeline.transformer
     train_average("transformer", average, path, steps, BATCH, loss, lambda: export(pipeline, out))
@@ -329,7 +323,7 @@ def unseen() -> Iterator[scenes.Scene]:
     return (scene for scene in fresh if replace(scene, seed=0) not in seen)
 
 
-def draw_sheet(out: Path, sheet: Path, device: str, count: int = 32) -> None:
+def draw_sheet(out: Path, sheet: Path, device: str = "cpu", count: int = 32) -> None:
     """Draw captions of unseen scenes, image i from seed i, as one PNG."""
     pipeline = load(out).to(device)
     columns, height = 8, SIDE + 60
@@ -354,7 +348,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the pipeline folder")
     parser.add_argument("--work", type=Path, help="where checkpoints and latents are kept")
-    parser.add_argument("--family", choices=FAMILIES, default="sd3")
     parser.add_argument("--steps", type=COUNT, default=5900, help="of the transformer")
     parser.add_argument("--vae-steps", type=COUNT, default=2600)
     parser.add_argument("--seed", type=STEP, default=0)
@@ -368,13 +361,10 @@ def main() -> None:
         parser.error("training needs --work")
     args.work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(args.work, args.vae_steps, args.seed, args.device)
-    latents = encode(vae, args.work, args.device)
-    family = FAMILIES[args.family]
-    pipeline = family.build_pipeline(vae, args.work, args.seed).to(args.device)
-    config = vae.config
-    mean = config.scaling_factor * (config.shift_factor - pipeline.vae.config.shift_factor)
-    path = args.work / ("transformer.pt" if args.family == "sd3" else f"{args.family}.pt")
-    train_transformer(family, pipeline, latents, mean, path, args.out, args.steps, args.seed)
+    latents = encode(vae, args.work, args.device, SCENES)
+    pipeline = sd3.build_pipeline(vae, args.work, args.seed).to(args.device)
+    path = args.work / "transformer.pt"
+    train_transformer(sd3, pipeline, latents, path, args.out, args.steps, args.seed)
 
 
 if __name__ == "__main__":

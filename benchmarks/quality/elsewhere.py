@@ -7,7 +7,7 @@ shift 3 and guidance 4. Here each of these is another, one at a time, on the odd
 compared with as many fewer steps of the same scheduler as cost the same tokens, by PSNR to the
 dense image of that setting. Times are of the denoising loop, each run after a dense one.
 
-`--model` takes another model, such as `benchmarks.model.train --family lumina` makes.
+`--model` takes another model, such as `benchmarks.model.lumina` makes.
 """
 
 from __future__ import annotations

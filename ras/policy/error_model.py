@@ -93,11 +93,14 @@ class ErrorModel:
         weights: `w_j` of each step, n.
         kernel: `(n, n)`, see the module.
         hold: Whether reuse holds the noise, all `g_j` being 0.
+        even: Whether the longest stretch of a plan is to be as short as may be.
     """
 
-    def __init__(self, weights: Sequence[float], kernel: Array, *, hold: bool) -> None:
+    def __init__(
+        self, weights: Sequence[float], kernel: Array, *, hold: bool, even: bool = False
+    ) -> None:
         self.steps = len(weights)
-        self._hold = hold
+        self._hold, self._even = hold, even
         # A row of zeros for what is no step: -1, before the first, and n, the end.
         self._kernel = np.pad(kernel, (0, 1))
         each = np.asarray(weights, float)
@@ -174,9 +177,9 @@ class ErrorModel:
         count = min(max(count, len(must)), n)
         if count == len(must):
             return tuple(must)
-        if count == len(must) + 1:
+        if count == len(must) + 1 and not self._even:
             return self._with_best(must)
-        longest = _longest(n, count, must)
+        longest = _shortest(n, count, must) if self._even else _longest(n, count, must)
         if longest <= LONGEST or n * longest**2 <= STRETCHES:
             return self._search(np.arange(n), count, must, longest)
         places = np.array(self.best(len(must) + FINER * (count - len(must)), must))
@@ -245,7 +248,10 @@ class ErrorModel:
 
 def _longest(steps: int, count: int, must: Sequence[int]) -> int:
     """How many steps a stretch may have."""
+    return min(max(LONGEST, 2 * _shortest(steps, count, must)), steps - count + 1)
+
+
+def _shortest(steps: int, count: int, must: Sequence[int]) -> int:
+    """How many steps the longest stretch has at least."""
     gaps = np.diff([*must, steps])
-    sizes = range(1, steps + 1)
-    shortest = next(size for size in sizes if np.ceil(gaps / size).sum() <= count)
-    return min(max(LONGEST, 2 * shortest), steps - count + 1)
+    return next(size for size in range(1, steps + 1) if np.ceil(gaps / size).sum() <= count)

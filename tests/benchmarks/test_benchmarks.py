@@ -12,7 +12,7 @@ import ras
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measure
 from benchmarks.kernels.jobs import JOBS, LUMINA, SD3, prepare
-from benchmarks.model import edits, kontext, photos, scenes, sd3, train
+from benchmarks.model import edits, kontext, lumina, photos, scenes, sd3, train
 from benchmarks.quality import elsewhere, inpainting, judge, ours, plans
 from benchmarks.speed import end_to_end, untrained
 from benchmarks.speed.families import FAMILIES
@@ -106,25 +106,25 @@ def test_scenes_repeat_and_differ():
     assert one.draw(64).shape == (64, 64, 3) and one.draw(64).dtype == np.uint8
 
 
-@pytest.mark.parametrize("family", ["sd3", "lumina"])
+@pytest.mark.parametrize("family", [train, lumina])
 def test_training_resumes(tmp_path, monkeypatch, family):
     """All stages in a few steps, interrupted once: the folder is a pipeline that draws."""
     drawn = train.images
-    monkeypatch.setattr(train, "SCENES", 16)
+    for module in (train, lumina):
+        monkeypatch.setattr(module, "SCENES", 16)
     monkeypatch.setattr(train, "BATCH", 4)
     monkeypatch.setattr(train, "images", lambda seeds: drawn(seeds[:16]))
     monkeypatch.setattr(train.torch, "compile", lambda model: model)
     folder, work = tmp_path / "model", tmp_path / "work"
+    more, path = (["--vae-steps=1"], "transformer") if family is train else ([], "lumina")
     for steps in ("1", "2"):
-        arguments = ["--family", family, "--vae-steps=1", "--steps", steps]
         folders = ["--out", str(folder), "--work", str(work)]
-        monkeypatch.setattr("sys.argv", ["train", *arguments, *folders])
-        train.main()
-    state = torch.load(work / {"sd3": "transformer.pt", "lumina": "lumina.pt"}[family])
-    assert state["step"] == 2
+        monkeypatch.setattr("sys.argv", ["train", *more, "--steps", steps, *folders])
+        family.main()
+    assert torch.load(work / f"{path}.pt")["step"] == 2
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 24e6
     sheet = tmp_path / "sheet.png"
-    train.draw_sheet(folder, sheet, "cpu", count=1)
+    train.draw_sheet(folder, sheet, count=1)
     assert Image.open(sheet).size == (8 * train.SIDE, train.SIDE + 60)
 
 

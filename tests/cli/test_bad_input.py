@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -167,12 +168,17 @@ def start(*arguments, **options):
 
 
 def test_an_interrupted_process(here):
-    process = start("generate", "a ring", "--steps=1000", "--out=out.png", cwd=here)
-    deadline = time.monotonic() + 120
-    while not has_begun(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs of a shell may not
+    command = ["generate", "a ring", "--steps=1000", "--out=out.png"]
+    with start(*command, cwd=here, preexec_fn=listen) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not has_begun(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()  # else the with block waits for all of its steps
     assert process.returncode == 130 and out == ""
     assert err.splitlines()[-1] == "ras: interrupted" and "Traceback" not in err
     assert not (here / "out.png").exists() and not list(here.glob(".*"))

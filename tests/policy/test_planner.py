@@ -6,6 +6,7 @@ The error model is held against explicit vectors.
 import itertools
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_the_search_is_exact(hold, pinned):
     """Of all subsets, for every count and several kinds of noise."""
     for seed in range(3):
         noise, sigmas = vectors(seed=seed)
-        model = ErrorModel(Clock(tuple(sigmas)).weights, noise @ noise.T, hold=hold)
+        model = partial(ErrorModel, Clock(tuple(sigmas)).weights, noise @ noise.T, hold=hold)
         for count in range(1, 9):
             size = max(count, len({0, *pinned}))
             subsets = [
@@ -101,7 +102,16 @@ def test_the_search_is_exact(hold, pinned):
                 if {*pinned} <= {*more}
             ]
             least = min(subsets, key=lambda s: direct_error(noise, sigmas, s, hold))
-            assert model.best(count, pinned) == tuple(sorted(least))
+            assert model().best(count, pinned) == tuple(sorted(least))
+            shortest = min(longest_stretch(subset, 8) for subset in subsets)
+            even = [subset for subset in subsets if longest_stretch(subset, 8) == shortest]
+            least = min(even, key=lambda s: direct_error(noise, sigmas, s, hold))
+            assert model(even=True).best(count, pinned) == tuple(sorted(least))
+
+
+def longest_stretch(dense, steps):
+    """Steps from one dense one to the next, or to the end."""
+    return max(np.diff([*sorted(dense), steps]))
 
 
 def test_the_search_is_exact_where_few_steps_reach_far():
@@ -583,9 +593,9 @@ def test_image_to_image_follows_its_own_plan():
 
 @pytest.mark.parametrize("steps", range(1, 13))
 def test_of_few_steps_one_is_left_out_with_a_word(steps):
-    """Of a run of at least four, unless more is asked for."""
+    """Of a run of at least six, unless more is asked for."""
     planned = ras.plan(ras.RASConfig(), steps)
-    left_out = 0 if steps < 4 else 1 if steps < 12 else 6
+    left_out = 0 if steps < 6 else 1 if steps < 12 else 6
     assert planned.plan.shares.count(1) == steps - left_out
     assert planned.plan.shares.count(0) == left_out
     assert (planned.warning is not None) == (steps < 12)
@@ -595,6 +605,18 @@ def test_of_few_steps_one_is_left_out_with_a_word(steps):
     asked = ras.plan(ras.RASConfig(speedup=2), steps)
     if steps % 2 == 0:
         assert asked.plan.shares.count(1) == steps // 2 and asked.warning is None
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize("steps", range(2, 10))
+def test_few_steps_are_left_out_evenly(steps, shift):
+    """None is left to a dense step further off than it must be: 2x of 4 lost 8 dB by it."""
+    for count in range(1, steps + 1):
+        settings = ras.RASConfig(speedup=steps / count)
+        shares = planned(settings, levels(steps, shift), 64, 12)[0].shares
+        dense = [step for step, share in enumerate(shares) if share]
+        assert len(dense) == count
+        assert longest_stretch(dense, steps) == math.ceil(steps / count), shares
 
 
 @pytest.mark.parametrize("settings", [dict(plan=(1, 0, 1, 0)), dict(speedup=3)])
