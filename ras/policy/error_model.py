@@ -77,6 +77,16 @@ def covariance(clock: Clock, extrapolation: float) -> Array:
     return summed + jumps * scales[:, None] * scales
 
 
+def brownian(clock: Clock) -> Array:
+    """`K` of a Brownian motion of the noise level, up to a constant, `(n, n)`.
+
+    Steps that are few are best left out as a plain solver of fewer steps would: by the distance
+    that each bridges alone.
+    """
+    sigmas = np.asarray(clock.sigmas[:-1], float)
+    return -0.5 * np.abs(sigmas[:, None] - sigmas)
+
+
 def gains(kernel: Array, before: int, last: int, steps: Steps) -> Array:
     """The `g_j` that predict the noise of `steps` best from the dense steps `before < last`."""
     if before < 0:

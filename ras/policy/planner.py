@@ -11,14 +11,14 @@ from ..clock import EXTRAPOLATION, Clock
 from ..config import DEFAULT_SPEEDUP, RASConfig
 from ..layout import Layout
 from ..plan import DENSE, SKIP, Plan, RunPlan, speedup_of
-from .error_model import ErrorModel, covariance
+from .error_model import ErrorModel, brownian, covariance
 from .paper import paper_plan, resets
 
 TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
 MASK_PAYS = 0.35  # cost of a partial step, in dense ones, above which a mask is no use to a plan
 FEW = 12  # steps, below which little is reused, see `plan_run` and `ras.policy.carry`
-FEWEST = 10  # steps, below which what is left out is spread evenly: the error model favours the
-# first step so much that it left the last ones to it, 8 dB worse at 2x in 4 steps
+FEWEST = 10  # steps, below which what is left out is spread by `brownian`, and evenly: `covariance`
+# favours the first steps, and left so much to them that 2x in 4 steps was 8 dB worse
 PARTIALS = 2  # for each dense step, under a mask
 
 
@@ -111,6 +111,8 @@ def _of_least_error(
     kernel, learned = covariance(clock, config.extrapolation or EXTRAPOLATION), config.learned
     if learned is not None and learned.fits(clock, dict(here)):
         kernel = learned.covariance(kernel)
+    elif steps < FEWEST and clock.prediction == "flow":
+        kernel = brownian(clock)
     model = ErrorModel(clock.weights, kernel, hold=hold, even=steps < FEWEST)
     if not layout.grid:
         return plan_whole(model, speedup, pinned)

@@ -340,7 +340,7 @@ def test_fused_projections(family, way, ops, monkeypatch):
     not torch.cuda.is_available() and ras_kernels.backend("cpu") == "triton",
     reason="Inductor's own kernels need a compiler of Triton",
 )
-@pytest.mark.parametrize("family, way", [("SD3.5", blocks), ("Lumina", whole)])
+@pytest.mark.parametrize("family, way", [("SD3", blocks), ("Lumina", whole)])
 def test_inductor(family, way):
     pipe, inputs = make(family)
     ras.enable(pipe, config_of())

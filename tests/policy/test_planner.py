@@ -619,6 +619,21 @@ def test_few_steps_are_left_out_evenly(steps, shift):
         assert longest_stretch(dense, steps) == math.ceil(steps / count), shares
 
 
+@pytest.mark.parametrize(
+    "sigmas, dense",
+    [  # as FLUX has them, with shift 3: the first of these gaps is small, the last large
+        ((1, 0.9, 0.75, 0.5, 0), {0, 2, 3}),
+        ((1, 0.9375, 0.8571, 0.75, 0.6, 0.375, 0), {0, 2, 4, 5}),
+        (levels(4), {0, 1, 2}),  # as SD3 has them: of the last, little is left to do
+    ],
+)
+def test_few_steps_are_left_out_where_they_bridge_little(sigmas, dense):
+    """By the noise level, as a plain solver's: the usual plan was 3 dB worse on edits."""
+    settings = ras.RASConfig(speedup=(len(sigmas) - 1) / len(dense))
+    shares = planned(settings, sigmas, 64, 12)[0].shares
+    assert {step for step, share in enumerate(shares) if share == 1} == dense
+
+
 @pytest.mark.parametrize("settings", [dict(plan=(1, 0, 1, 0)), dict(speedup=3)])
 def test_what_is_asked_for_in_few_steps_is_without_a_word(settings):
     assert ras.plan(ras.RASConfig(**settings), 6 if "speedup" in settings else 4).warning is None

@@ -33,8 +33,11 @@ COMPUTED = [
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LAYER_NORM = "layer_norm_across_heads"
 
-few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
-more = settings(few, max_examples=25)
+# The interpreter takes seconds for what definitions and compiled kernels do in milliseconds.
+few = settings(
+    max_examples=6 if INTERPRETED else 12, deadline=None, derandomize=True, database=None
+)
+more = settings(few, max_examples=12 if INTERPRETED else 25)
 
 batches, counts = st.integers(0, 3), st.integers(1, 9) | st.just(70)
 trailing = st.sampled_from([(), (1,), (9,), (72,), (2, 5), (4, 9), (2, 3, 4), (0,), (1030,)])
