@@ -53,6 +53,8 @@ class Place:
 
 PLACES = (
     Place("as chosen"),
+    Place("6 steps", steps=6),
+    Place("8 steps", steps=8),
     Place("20 steps", steps=20),
     Place("50 steps", steps=50),
     Place("shift 1", shift=1.0),

@@ -244,28 +244,37 @@ def share(right: np.ndarray, objects: np.ndarray) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """PSNR against the measured speed-up and against compute: a line a method, ours on top."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    """PSNR against the measured speed-up and against compute: a line a method, ours on top.
+
+    Where the limit was drawn, PSNR to that against compute too; dense has one of its own there.
+    """
+    views = [
+        (speed, "speed-up, measured", "psnr", "PSNR to the dense image, dB"),
+        (compute, "dense compute over the method's", "psnr", "PSNR to the dense image, dB"),
+    ]
+    if rows[0]["limit"]:
+        views.append((compute, views[1][1], "limit", "PSNR to the equation's limit, dB"))
+    figure = Figure(figsize=(6.5 * len(views), 5.5), layout="constrained")
+    panels = figure.subplots(1, len(views))
+    top = max(np.mean(row["psnr"]) for row in rows if row["method"] != "dense")
     fastest = max(max(speed(row), row["compute"]) for row in rows)
-    for axes, measure, title in (
-        (panels[0], speed, "speed-up, measured"),
-        (panels[1], lambda row: row["compute"], "dense compute over the method's"),
-    ):
+    for axes, (measure, title, quality, unit) in zip(panels, views):
         for (name, line), look in zip(by_method(rows), looks(rows)):
-            points = sorted((measure(row), np.mean(row["psnr"])) for row in line)
+            points = sorted((measure(row), np.mean(row[quality])) for row in line)
             axes.plot(*zip(*points), label=name, **look)
         axes.axvline(1, color="black", linewidth=1, linestyle=":")
-        axes.plot(1, 0.985, "k*", markersize=13, transform=axes.get_xaxis_transform())
-        axes.annotate("dense", (1, 0.97), (8, 0), axes.get_xaxis_transform(), "offset points")
-        axes.set(xlabel=title, xscale="log", xlim=(0.95, 1.04 * max(fastest, 1.5)))
+        if quality == "limit":
+            axes.plot(1, np.mean(rows[0]["limit"]), "k*", markersize=13)
+        else:
+            axes.plot(1, 0.985, "k*", markersize=13, transform=axes.get_xaxis_transform())
+            axes.annotate("dense", (1, 0.97), (8, 0), axes.get_xaxis_transform(), "offset points")
+            axes.set_ylim(top=min(top + 3, CEILING))
+        axes.set(ylabel=unit, xlabel=title, xscale="log", xlim=(0.95, 1.04 * max(fastest, 1.5)))
         axes.xaxis.set_major_locator(FixedLocator([1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}×"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("PSNR to the dense image, dB")
-    top = max(np.mean(row["psnr"]) for row in rows if row["method"] != "dense")
-    panels[0].set_ylim(top=min(top + 3, CEILING))
+    panels[1].sharey(panels[0])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     save(figure, path)
 

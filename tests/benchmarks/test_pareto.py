@@ -238,6 +238,10 @@ def test_ruler_resumes(tmp_path, monkeypatch, capsys):
     assert "| fewer steps | 3 steps |" in table and "**mine** over fewer steps" in table
     plot = tmp_path / "plot.png"
     assert Image.open(plot).width > 1000 and plot.stat().st_size < 150_000
+    for row in results["rows"]:
+        row["limit"] = []
+    report.plot(results["rows"], tmp_path / "without.png")  # the limit, and its panel
+    assert Image.open(tmp_path / "without.png").width < 0.8 * Image.open(plot).width
 
 
 def test_ruler_of_another_family(tmp_path, monkeypatch):
