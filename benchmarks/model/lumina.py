@@ -4,7 +4,8 @@
     python -m benchmarks.model.lumina --out lumina --sheet sheet.png
 
 Training resumes from the checkpoint in `--work`, with the batches that `(seed, step)` determine.
-The second form draws captions that training never saw.
+The weights in `weights/lumina` are of 800 steps, the first 600 at the learning rates of 1,200. The
+second form draws captions that training never saw.
 
 The model is of the size of the bundled one, with its autoencoder and its words. What differs
 is the family: rotary positions instead of learnt ones, RMS norms and tanh gates, grouped queries

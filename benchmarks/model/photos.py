@@ -6,7 +6,7 @@
 
 A `DiTTransformer2DModel` learns random crops of the photographs that come with scikit-image and
 scikit-learn; which photograph it is is the class. No constant of `ras` was chosen on it. The
-weights in `weights/photos` are of 2,000 steps; `benchmarks.quality.photos` judges by them. Training
+weights in `weights/photos` are of 2,000 steps; `benchmarks.quality.pareto` judges by them. Training
 resumes from the checkpoint in `--work`, with the batches that `(seed, step)` determine.
 
 Images are (3, 64, 64) float32 in [-1, 1], of patches of 2 x 2; what is predicted is noise - image.
