@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     FluxTransformer2DModel,
@@ -36,12 +35,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModel
 
-import ras
-
 from ..commands import as_command
 from . import edits
 from .scenes import Scene
-from .sd3 import LATENT, SIDE, begin_with_zeros, build_text_encoder, export, load, write_tokenizer
+from .sd3 import (
+    LATENT,
+    SIDE,
+    begin_with_zeros,
+    build_text_encoder,
+    bundled_vae,
+    export,
+    load,
+    write_tokenizer,
+)
 from .train import UNSEEN, lower_precision, train_average, train_or_draw
 
 PAIRS = 4000  # to train on, each in both directions
@@ -76,14 +82,9 @@ def build_pipeline(work: Path, seed: int) -> FluxKontextPipeline:
     torch.manual_seed(seed)
     tokenizer = write_tokenizer(work / "tokenizer", edits.words(), TEXT_TOKENS)
     encoder = build_text_encoder(tokenizer, 1, TEXT_WIDTH, TEXT_TOKENS, CLIPTextModel)
-    trained = load(ras.bundled_model()).vae
-    # Anew, as its configuration would say in which folder it was found.
-    config = {key: value for key, value in trained.config.items() if not key.startswith("_")}
-    vae = AutoencoderKL.from_config(config)
-    vae.load_state_dict(trained.state_dict())
     return FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=vae,
+        vae=bundled_vae(),
         text_encoder=encoder,
         tokenizer=tokenizer,
         text_encoder_2=encoder,

@@ -31,10 +31,8 @@ from diffusers import (
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
-import ras
-
 from ..commands import as_command
-from .sd3 import LATENT, begin_with_zeros, build_text_encoder, write_tokenizer
+from .sd3 import LATENT, begin_with_zeros, build_text_encoder, bundled_vae, write_tokenizer
 from .train import draw_sheet, encode, train_or_draw, train_transformer
 
 SCENES = 4000  # to train on, the first of those of the bundled model
@@ -99,7 +97,7 @@ def velocity(model: Any, noisy: Tensor, sigma: Tensor, text: dict[str, Tensor]) 
 
 def train(work: Path, out: Path, steps: int, seed: int) -> None:
     """Train on the CPU, leaving the pipeline with the moving average of the weights in `out`."""
-    vae = AutoencoderKL.from_pretrained(ras.bundled_model(), subfolder="vae")
+    vae = bundled_vae()
     pipe = build_pipeline(vae, work, seed)
     latents = encode(vae, work, "cpu", SCENES)
     latents = latents + np.float16(vae.config.scaling_factor * vae.config.shift_factor)

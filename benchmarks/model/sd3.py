@@ -25,6 +25,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+import ras
 from ras.cli.loading import absent_parts
 
 from . import scenes
@@ -176,6 +177,16 @@ def embed(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> dict[str, 
 def velocity(model: Any, noisy: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:
     """The velocity, noise - latent, that the model predicts for latents (N, 8, 32, 32)."""
     return model(noisy, timestep=1000 * sigma, return_dict=False, **text)[0]
+
+
+def bundled_vae() -> AutoencoderKL:
+    """The trained autoencoder of the bundled model, for models beside it."""
+    trained = load(ras.bundled_model()).vae
+    # Anew, as its configuration would say in which folder it was found.
+    config = {key: value for key, value in trained.config.items() if not key.startswith("_")}
+    vae = AutoencoderKL.from_config(config)
+    vae.load_state_dict(trained.state_dict())
+    return vae.eval()
 
 
 def export(

@@ -122,6 +122,8 @@ def test_training_resumes(tmp_path, monkeypatch, family):
         monkeypatch.setattr("sys.argv", ["train", *more, "--steps", steps, *folders])
         family.main()
     assert torch.load(work / f"{path}.pt")["step"] == 2
+    configs = [file.read_text(encoding="utf-8") for file in folder.rglob("*.json")]
+    assert configs and not any("_name_or_path" in config for config in configs)
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 24e6
     sheet = tmp_path / "sheet.png"
     train.draw_sheet(folder, sheet, count=1)
