@@ -88,7 +88,7 @@ SENSE = {
     "RASConfig": lambda: vars(ras.RASConfig()),
     "calibrate": lambda: dict(
         pipe=pipe(),
-        prompts=["a"],
+        prompts=["a", "b"],
         speedup=2.0,
         num_inference_steps=2,
         config=None,

@@ -38,6 +38,8 @@ from .planner import TOLERANCE, plan_run, plan_speedup, plan_whole
 ROUNDS = 4  # of improving the plan by real runs
 TRIED = 12  # plans in a round, those of least modelled error
 FACTORS = -0.5, 3.0  # the least and the greatest extrapolation of a step
+SURE = 2.0  # standard errors by which a plan must be nearer than the default's to take its place
+LEAST = 1e-20  # error, of plans that leave nothing out
 
 
 def calibrate(
@@ -58,12 +60,14 @@ def calibrate(
     The prompts' dense runs give the covariance of the noise between steps, as `ras.learn` has it of
     one, from which comes the plan of least modelled error in an instant. Then plans near it are
     run: those whose dense steps lie elsewhere, and, where the model can take partial steps, those
-    that trade a dense step for partial ones of the same cost. The one whose final latents are
-    nearest to the dense ones is kept, until no neighbour is nearer.
+    that trade a dense step for partial ones of the same cost. By how much nearer to the dense ones
+    a plan's final latents are than the default plan's is known prompt by prompt: the one for which
+    the mean of that, in dB, less two standard errors is greatest is kept, until no neighbour has
+    more. Where no plan has more than nothing, the default plan comes back.
 
     Args:
         pipe: The pipeline; it must not be enabled, and is left as it was.
-        prompts: What to calibrate on; 8 to 32 that are like those to come.
+        prompts: What to calibrate on; 8 to 32 that are like those to come, at least two.
         speedup: Tokens of a dense run per token computed, text included.
         num_inference_steps: Of the runs to come: a plan is for one number of steps.
         config: The other settings of the runs to come, `RASConfig()` if None.
@@ -79,7 +83,7 @@ def calibrate(
 
     Raises:
         TypeError: An argument of a wrong type.
-        ValueError: A number out of its range, no prompts, an enabled pipeline, one that RAS does
+        ValueError: A number out of its range, fewer than two prompts, an enabled pipeline, one that RAS does
             not support or that returns no latents, or a checkpoint of another calibration, which
             says in what it differs.
     """
@@ -88,8 +92,11 @@ def calibrate(
     if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | Mapping):
         raise TypeError(f"prompts must be a list of texts, got {shown(prompts)}")
     prompts = list(prompts)
-    if not prompts:
-        raise ValueError("prompts must be at least one")
+    if len(prompts) < 2:
+        raise ValueError(
+            f"prompts must be at least two, since one shows no plan to be surely nearer; got "
+            f"{len(prompts)}"
+        )
     named = "prompt" in inspect.signature(type(pipe).__call__).parameters
     for prompt in prompts if named else ():  # elsewhere it may be an image, or a class
         check_kind("prompts", prompt, str, "a list of texts")
@@ -139,10 +146,13 @@ def calibrate(
     else:
         start, shares = plan_whole(model, speedup), ()
 
-    def tried(plan: Plan) -> tuple[float, Plan]:
+    def errors(plan: Plan) -> list[float] | None:
         name = json.dumps([plan.shares, plan.extrapolation])
-        error = log.kept(name, lambda: runs.error(plan, config, bar.update))
-        return math.inf if error is None else error, plan
+        return log.kept(name, lambda: runs.errors(plan, config, bar.update))
+
+    def tried(plan: Plan) -> tuple[float, Plan]:
+        found = errors(plan)
+        return -math.inf if found is None else sure_gain(found, errors(usual)), plan
 
     def fitted(shares: tuple[float, ...]) -> Plan:
         return Plan(shares, factors(model, clock.sigmas, shares))
@@ -157,26 +167,43 @@ def calibrate(
         return abs(reached / speedup - 1) <= TOLERANCE or not layout.grid
 
     first = usual, Plan(start.shares), fitted(usual.shares), fitted(start.shares)
-    best = min((tried(plan) for plan in first), key=_error)
+    best = max((tried(plan) for plan in first), key=_gain)
     for _ in range(ROUNDS):
         near = neighbours(model, best[1].shares, shares, layout, reuse_text=config.reuse_text)
         plans = islice(filter(meets, near), TRIED)
-        nearest = min((tried(alike(plan)) for plan in plans), key=_error, default=best)
-        if nearest[0] >= best[0]:
+        nearest = max((tried(alike(plan)) for plan in plans), key=_gain, default=best)
+        if nearest[0] <= best[0]:
             break
         best = nearest
     bar.close()
-    error, plan = best
+    gain, plan = best
+    found = errors(plan)
+    told = f"surely {gain:.1f} dB nearer than the default plan" if gain > 0 else "the default plan"
+    if found is not None:
+        told += f"; relative error of the final latents {math.sqrt(np.mean(found)):.4f}"
     return replace(
         plan,
-        note=f"{speedup:g}x in {num_inference_steps} steps, calibrated on {len(prompts)} prompts; "
-        f"relative error of the final latents {math.sqrt(error):.4f}",
+        note=f"{speedup:g}x in {num_inference_steps} steps, calibrated on {len(prompts)} prompts: "
+        f"{told}",
         made_for={**model_here, **of_run(layout.grid, measured["guidance"])},
     )
 
 
-def _error(tried: tuple[float, Plan]) -> float:
+def _gain(tried: tuple[float, Plan]) -> float:
     return tried[0]
+
+
+def sure_gain(errors: Sequence[float], usual: Sequence[float] | None) -> float:
+    """How many dB nearer a plan is than the usual one, less `SURE` standard errors of that.
+
+    Args:
+        errors, usual: Mean square errors of the same samples, at least two; None of a usual plan
+            whose results are not finite.
+    """
+    if usual is None:
+        return math.inf
+    gains = 10 * np.log10((np.array(usual) + LEAST) / (np.array(errors) + LEAST))
+    return float(gains.mean() - SURE * gains.std(ddof=1) / math.sqrt(len(gains)))
 
 
 def factors(
@@ -293,7 +320,7 @@ class _Runs:
                 raise ValueError(
                     f"calibrate compares latents, and {type(self._pipe).__name__} returns none"
                 )
-            yield torch.cat([leaf.flatten().double() for leaf in found])
+            yield torch.cat([_by_sample(leaf, len(prompts)) for leaf in found], dim=1)
 
     def dense(self, tick: Callable[[], object]) -> dict[str, Any]:
         """The covariance of the guided noise between the steps of dense runs."""
@@ -332,20 +359,29 @@ class _Runs:
             self._run, self._noise = session.run, {}
         self._noise.setdefault(self._run.stage, noise)
 
-    def error(self, plan: Plan, config: RASConfig, tick: Callable[[], object]) -> float | None:
-        """The mean square error of the final latents, as a share of the dense ones'.
+    def errors(
+        self, plan: Plan, config: RASConfig, tick: Callable[[], object]
+    ) -> list[float] | None:
+        """Each prompt's square error of the final latents, as a share of the dense ones' square.
 
-        None where it is not finite.
+        None where one is not finite.
         """
         if not self._final:  # of an interrupted calibration
             self._final = list(self._batches())
-        wrong, size = 0.0, 0.0
+        found: list[float] = []
         with enabled(self._pipe, replace(config, plan=plan)):
             for dense, final in zip(self._final, self._batches(), strict=True):
-                wrong += float((final - dense).square().sum())
-                size += float(dense.square().sum())
+                wrong = (final - dense).square().sum(1) / dense.square().sum(1)
+                found += wrong.tolist()
                 tick()
-        return wrong / size if math.isfinite(wrong) else None
+        return found if np.isfinite(found).all() else None
+
+
+def _by_sample(leaf: Tensor, samples: int) -> Tensor:
+    """`(samples, n)` float64 of an output; one that is not a row for each is every sample's."""
+    if leaf.ndim and len(leaf) % samples == 0:
+        return leaf.reshape(samples, -1).double()
+    return leaf.reshape(1, -1).double().expand(samples, -1)
 
 
 class _Log:
