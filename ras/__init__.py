@@ -7,6 +7,7 @@ from ras_kernels import __version__
 from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, learn, plan, stats
 from .check import check
 from .config import RASConfig
+from .edits import put_back
 from .family import Family
 from .layout import Layout, Rows
 from .plan import Plan, RunPlan
@@ -36,6 +37,7 @@ __all__ = [
     "is_enabled",
     "learn",
     "plan",
+    "put_back",
     "stats",
 ]
 

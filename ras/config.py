@@ -70,7 +70,10 @@ class RASConfig:
             no limit.
         learned: What `ras.learn` has learnt, or its file. Runs of such a model, scheduler, step
             count and guidance are planned by it, where they are planned for a speed-up.
-        mask_margin: By how many tokens the regions that `mask` marks are widened, at least 0.
+        mask_margin: By how many tokens the regions that `mask` marks, or that an edit changes, are
+            widened, at least 0.
+        preserve: Whether the final latents of an edit are the picture's beside the mask, or
+            beside the regions that the edit changes (see `ras.put_back` for the pixels).
 
     Raises:
         ValueError, TypeError: A value that is out of its range or of a wrong type.
@@ -93,6 +96,7 @@ class RASConfig:
     keep_caches: bool = False
     max_cache_bytes: int | None = None
     mask_margin: int = 1
+    preserve: bool = False
     learned: Learned | None = None
 
     def __post_init__(self) -> None:
@@ -147,7 +151,7 @@ class RASConfig:
         for name in ("scheduler_start_step", "scheduler_end_step"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 0)
-        for name in ("kv_correction", "reuse_text", "keep_caches"):
+        for name in ("kv_correction", "reuse_text", "keep_caches", "preserve"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         if self.max_cache_bytes is not None:

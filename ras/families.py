@@ -68,10 +68,13 @@ def _of_references(family: Family) -> str:
 
 def _qwen_layout(transformer: Any, inputs: Inputs) -> Layout:
     shapes = inputs["img_shapes"][0]
-    frames, height, width = shapes[0] if isinstance(shapes[0], list | tuple) else shapes
+    (frames, height, width), *others = shapes if isinstance(shapes[0], list | tuple) else [shapes]
     grid = (height, width) if frames == 1 else (frames, height, width)
     references = inputs["hidden_states"].shape[1] - math.prod(grid)
-    return Layout(grid, text_of(inputs, "encoder_hidden_states"), references)
+    # Each picture is an image; layers of one, as other pipelines have them, are of no account here.
+    whole = sum(map(math.prod, others)) == references and all(other[0] == 1 for other in others)
+    pictures = tuple((h, w) for _, h, w in others) if whole else ()
+    return Layout(grid, text_of(inputs, "encoder_hidden_states"), references, pictures)
 
 
 def _z_image_layout(transformer: Any, inputs: Inputs) -> Layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -266,12 +267,13 @@ def by_ids(ids: str, text: str | None = None) -> Callable[[Any, Inputs], Layout]
     def layout(transformer: Any, inputs: Inputs) -> Layout:
         count, places = inputs["hidden_states"].shape[1], inputs[ids]
         rows = (places if places.ndim == 2 else places[0])[-count:, :3].tolist()
-        others = (at for at, row in enumerate(rows) if row[0] != rows[0][0])
-        noise = next(others, count)
-        height, width = (len({row[axis] for row in rows[:noise]}) for axis in (1, 2))  # in any unit
-        if height * width != noise:
+        images = [list(image) for _, image in itertools.groupby(rows, key=lambda row: row[0])]
+        sizes = [(len({r[1] for r in image}), len({r[2] for r in image})) for image in images]
+        whole = [math.prod(size) == len(image) for size, image in zip(sizes, images)]
+        if not whole[0]:
             return Layout()
-        return Layout((height, width), text_of(inputs, text), count - noise)
+        pictures = sizes[1:] if all(whole) else []
+        return Layout(sizes[0], text_of(inputs, text), count - len(images[0]), tuple(pictures))
 
     return layout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from .checks import check_count, shown
 
@@ -20,23 +21,36 @@ class Layout:
         text: Text tokens in the same attention.
         references: Tokens that come after the noise's, only condition, and stay behind in partial
             steps: pictures to edit, and padding.
+        pictures: Of those, height and width in tokens of each picture, in their order; the padding
+            is what is left.
 
     Raises:
-        TypeError, ValueError: No whole numbers, or numbers below 1 (in the grid) or 0.
+        TypeError, ValueError: No whole numbers, numbers below 1 (in grids) or 0, or pictures of
+            more tokens than there are references.
     """
 
     grid: tuple[int, ...] = ()
     text: int = 0
     references: int = 0
+    pictures: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, list | tuple):
-            raise TypeError(f"grid must be a tuple of whole numbers, got {shown(self.grid)}")
-        for size in self.grid:
-            check_count("grid", size)
-        object.__setattr__(self, "grid", tuple(map(int, self.grid)))
+        object.__setattr__(self, "grid", _sizes("grid", self.grid))
         check_count("text", self.text, 0)
         check_count("references", self.references, 0)
+        if not isinstance(self.pictures, list | tuple):
+            raise TypeError(f"pictures must be a tuple of grids, got {shown(self.pictures)}")
+        pictures = tuple(_sizes("pictures", sides) for sides in self.pictures)
+        if any(len(sides) != 2 for sides in pictures):
+            raise ValueError(
+                f"pictures must be of height and width each, got {shown(self.pictures)}"
+            )
+        if sum(map(math.prod, pictures)) > self.references:
+            raise ValueError(
+                f"pictures must be among the {self.references} reference tokens, got "
+                f"{shown(self.pictures)}"
+            )
+        object.__setattr__(self, "pictures", pictures)
 
     @property
     def tokens(self) -> int:
@@ -58,6 +72,14 @@ class Layout:
             return "whole outputs"
         references = f", {self.references} reference" if self.references else ""
         return f"{self.tokens} image{references} and {self.text} text tokens"
+
+
+def _sizes(name: str, given: Any) -> tuple[int, ...]:
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"{name} must be a tuple of whole numbers, got {shown(given)}")
+    for size in given:
+        check_count(name, size)
+    return tuple(map(int, given))
 
 
 class Rows(Enum):

@@ -15,6 +15,7 @@ from .family import Family
 from .layout import Layout
 from .plan import RunPlan
 from .policy.carry import Carry
+from .policy.edits import Edit
 from .policy.learning import Lesson
 from .policy.selection import Selection
 from .stats import Tally
@@ -43,6 +44,9 @@ class Run:
         leader: The branch whose call was the step's first.
         thread: In which it began.
         obstacle: What others have put on the model that does not take a part of the tokens.
+        regions: Whether there may be partial steps, for which keys and values are kept.
+        edit: What is going to change of a picture.
+        follows_edit: Whether that says what partial steps compute.
     """
 
     timesteps: Tensor
@@ -62,6 +66,9 @@ class Run:
     active: Tensor | None = None
     leader: Branch | None = None
     obstacle: str | None = None
+    regions: bool = False
+    edit: Edit | None = None
+    follows_edit: bool = False
     thread: int = field(default_factory=threading.get_ident)
 
     @property

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .branch import Call, form_of
@@ -26,6 +27,7 @@ from .mount import Mount
 from .others import cache_on
 from .plan import DENSE, SKIP, Reuse, RunPlan
 from .policy.carry import Carry
+from .policy.edits import Edit, original
 from .policy.learning import Lesson
 from .policy.planner import FEW, plan_run, without_partial_steps
 from .policy.selection import Selection
@@ -67,6 +69,7 @@ class Session:
         self.run: Run | None = None
         self.mask = None if mask is False else mask
         self._watches_mask = mask is None and hasattr(pipe, "prepare_mask_latents")
+        self._follows_edits = mask is None and is_planned_by_speedup(config)
         self._mask_watch: MaskWatch | None = None
         self._scheduler = weakref.ref(scheduler if pipe is None else pipe.scheduler)
         self._pipe = None if pipe is None else weakref.ref(pipe)
@@ -199,6 +202,8 @@ class Session:
         run = self._current_run(scheduler, layout, batch, inputs.get("timestep"))
         run.layouts[form] = layout
         leads = not run.calls
+        if leads and not run.stage and (run.follows_edit or self.config.preserve):
+            run.edit = self._edit(run, mount, layout, latents)
         call = self._call(run, mount, form, layout, inputs)
         walk = None if call is None else call.walk
         skip = call is not None and call.skip
@@ -252,6 +257,8 @@ class Session:
         planned = self._plan(clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
+        run.follows_edit = self._may_follow_edit(planned, clock, masked)
+        run.regions = planned.partial or run.follows_edit
         if planned.reuse is Reuse.MEASURED:
             run.carry = Carry(1.0 if clock.steps >= FEW else 0.0)
         if self._to_learn:
@@ -259,6 +266,29 @@ class Session:
         self._runs += 1
         self._look_around(run)
         return run
+
+    def _may_follow_edit(self, planned: RunPlan, clock: Clock, masked: Tensor | None) -> bool:
+        """Whether a run's regions may be those that it is going to change of a picture."""
+        pictures = self._follows_edits and masked is None and bool(planned.layout.pictures)
+        return pictures and clock.prediction == "flow" and not planned.dense
+
+    def _edit(self, run: Run, mount: Mount, layout: Layout, latents: Any) -> Edit | None:
+        """What an edit is told by, at the first call of a run."""
+        found = original(latents, layout)
+        packed = None if found is None else mount.family.pack(found, layout.grid)
+        if packed is None:
+            run.follows_edit = False
+            if self.config.preserve:
+                self._warn(
+                    "preserve",
+                    "there is no picture of the image's shape among the model's inputs that could "
+                    "be preserved",
+                )
+            return None
+        edit = Edit(packed[0], layout.grid, self.config.mask_margin)
+        if run.masked is not None:
+            edit.fix(run.masked.expand(len(packed[0]), -1))
+        return edit
 
     def _look_around(self, run: Run) -> None:
         """Have a run be as dense as what others have put on the transformers since asks for."""
@@ -270,7 +300,7 @@ class Session:
                 f"{caches[0]} decides by itself what is computed, so that the run is dense; take "
                 "it off, or ras.disable",
             )
-        if run.planned.partial:
+        if run.regions:
             changes = filter(None, (mount.change_of_rows() for mount in self.mounts))
             run.obstacle = next(changes, None)
 
@@ -333,7 +363,7 @@ class Session:
         self, run: Run, mount: Mount, form: Any, layout: Layout, inputs: dict[str, Any]
     ) -> Call | None:
         """The call under way, its branch and what walks; None where all is dense."""
-        regions = run.planned.partial and bool(layout.grid) and self._regions(run, mount)
+        regions = run.regions and bool(layout.grid) and self._regions(run, mount)
         rotary = mount.family.rotary(inputs) if regions else None
         latents = mount.family.latents_of(inputs)
         dtype = _compute_dtype(latents)
@@ -420,6 +450,7 @@ class Session:
         self._branches.clear()
         here = self._here(run.planned.layout)
         run.planned = without_partial_steps(run.planned, run.clock, here)
+        run.regions, run.edit = False, None
         self._warn(
             "memory",
             f"keys and values take more than max_cache_bytes={self.config.max_cache_bytes}, so "
@@ -445,7 +476,7 @@ class Session:
 
     # --- a step of the scheduler --------------------------------------------------------------
 
-    def _after_step(self, noise: Tensor) -> None:
+    def _after_step(self, noise: Tensor, sample: Any, output: Any) -> None:
         """Choose the regions of the next step on the guided noise of this one."""
         run, scheduler = self.run, self._follow_scheduler()
         if run is None or run.over or run.timesteps is not scheduler.timesteps:
@@ -471,6 +502,9 @@ class Session:
             if run.selection is None:
                 run.selection = Selection(self.config, packed[1], run.masked)
             run.selection.observe(packed[0], None if leader.rows is None else run.active, sigma)
+        if run.edit is not None and first:
+            dense = leader is None or (not leader.skips and leader.rows is None)
+            self._follow_edit(run, run.edit, noise, sample if dense else None, sigma)
         if run.step == step and not run.over:
             return  # a second-order step is not done before its second stage
         run.active = None
@@ -478,7 +512,12 @@ class Session:
         self._branches.after_step(step)
         if run.over:
             self._forget()
-            lesson, run.selection, run.carry, run.lesson = run.lesson, None, None, None
+            edit, lesson = run.edit, run.lesson
+            run.selection = run.carry = run.lesson = run.edit = None
+            if edit is not None:
+                run.tally.edited = edit.regions
+                if self.config.preserve:
+                    self._preserve(run, edit, output)
             if lesson is not None:
                 self._take_in(run, lesson)
         elif (
@@ -489,12 +528,44 @@ class Session:
         ):
             run.active = run.selection.choose(tokens, run.count, run.sigma)
 
+    def _follow_edit(self, run: Run, edit: Edit, noise: Tensor, sample: Any, sigma: float) -> None:
+        """See what a step changes of a picture, and plan the rest of the run by what was seen.
+
+        Args:
+            run, edit: Under way.
+            noise: Guided, as the scheduler gets it.
+            sample: What it was predicted of, if that was a step of all tokens, else None.
+            sigma: The step's noise level.
+        """
+        if run.follows_edit and edit.learn_count() and not run.over:
+            done = run.planned.plan.shares[: run.step + (run.stage % run.clock.order > 0)]
+            layout = run.planned.layout
+            here = self._here(layout)
+            run.planned = plan_run(self.config, run.clock, layout, edit.count, here, done)
+        if run.masked is not None:
+            return
+        if isinstance(sample, Tensor) and run.family is not None:
+            found = [run.family.pack(part, run.planned.layout.grid) for part in (sample, noise)]
+            tokens = [part[0] for part in found if part is not None]
+            if [each.shape for each in tokens] == [edit.shape] * 2:
+                edit.observe(tokens[0], tokens[1], sigma)
+        if run.selection is not None and edit.count is not None:
+            run.selection.masked = edit.choose()
+
+    def _preserve(self, run: Run, edit: Edit, output: Any) -> None:
+        """Have the last step return the picture's latents where nothing is edited."""
+        latents, family = output[0], run.family
+        packed = None if family is None else family.pack(latents, run.planned.layout.grid)
+        if packed is not None and packed[0].shape == edit.shape:
+            kept = edit.preserve(packed[0])
+            latents.copy_(rearrange(kept, "b n (p c) -> b n (c p)", p=packed[1]))
+
     def _tokens_of(self, run: Run, noise: Tensor) -> tuple[Tensor, int] | None:
         """The guided noise as a row for each token, `(S, N, C)`, and the pixels of a token.
 
         None where no regions are chosen by it.
         """
-        if not run.planned.partial or run.family is None:
+        if not run.regions or run.family is None:
             return None
         packed = run.family.pack(noise, run.planned.layout.grid)
         if packed is None:
@@ -514,6 +585,7 @@ class Session:
         self._forget()
         run.clock = read_clock(scheduler, begin=run.first_index)
         run.planned = self._plan(run.clock, run.planned.layout, run.masked)
+        run.regions = run.regions or run.planned.partial
 
     def call_failed(self) -> None:
         """Reuse nothing, as there is no telling how far a call came; it does not count as made."""
@@ -539,6 +611,7 @@ class Session:
         held = self._branches.held
         held += [] if run.selection is None else run.selection.tensors
         held += [] if run.carry is None else run.carry.tensors
+        held += [] if run.edit is None else run.edit.tensors
         run.tally.cache_bytes = max(run.tally.cache_bytes, sum(tensor.nbytes for tensor in held))
 
     def end_of_call(self) -> None:
@@ -546,7 +619,7 @@ class Session:
         self._forget()
         run = self.run
         if run is not None:
-            run.selection = run.carry = run.lesson = None
+            run.selection = run.carry = run.lesson = run.edit = None
         if self._mask_watch is not None:  # the next run may be another pipeline's
             self._mask_watch.mask = None
 
@@ -566,6 +639,11 @@ def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:
         return "sample_ratio="
     shares = () if config.plan is None else config.plan.shares
     return "plan=" if any(SKIP < share < DENSE for share in shares) else None
+
+
+def is_planned_by_speedup(config: RASConfig) -> bool:
+    """Whether plans are ours to make."""
+    return config.plan is None and (config.speedup is not None or config.sample_ratio is None)
 
 
 def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:

@@ -21,6 +21,7 @@ from .seam import can_redirect, redirect
 from .site import KVCache, RASAttnProcessor, Site, Walk
 
 Answer = tuple[Callable[[], list[Tensor]], Callable[[list[Tensor]], Any]]
+Observe = Callable[[Tensor, Any, Any], None]
 
 
 class HookSlot:
@@ -236,13 +237,14 @@ def _original(processor: Any) -> Any:
 
 
 class StepWatch:
-    """Tells `observe` the noise of each step of one scheduler, once the step is done.
+    """Tells `observe` the noise of each step of one scheduler, once the step is done, the sample
+    that it was predicted of, and what the step returns.
 
     The scheduler's own `step` is called through a method on the instance, which `copy.deepcopy`
     binds to the copy; a copy is not observed.
     """
 
-    def __init__(self, scheduler: Any, observe: Callable[[Tensor], None]) -> None:
+    def __init__(self, scheduler: Any, observe: Observe) -> None:
         self._scheduler = weakref.ref(scheduler)
         self._before = vars(scheduler).get("step")
         self._observer = _Observer(scheduler, observe)
@@ -271,14 +273,14 @@ class StepWatch:
 class _Observer:
     """Whom to tell of which scheduler's steps. It keeps neither alive: copies refer to it too."""
 
-    def __init__(self, scheduler: Any, observe: Callable[[Tensor], None]) -> None:
+    def __init__(self, scheduler: Any, observe: Observe) -> None:
         self.of = weakref.ref(scheduler)
         self.tell: weakref.WeakMethod | None = weakref.WeakMethod(observe)
 
-    def __call__(self, scheduler: Any, noise: Tensor) -> None:
+    def __call__(self, scheduler: Any, noise: Tensor, sample: Any, after: Any) -> None:
         observe = None if self.tell is None else self.tell()
         if observe is not None and scheduler is self.of():
-            observe(noise)
+            observe(noise, sample, after)
 
 
 def _observed_step(
@@ -290,7 +292,9 @@ def _observed_step(
             output = type(self).step(self, *args, **kwargs)
         else:
             output = before(*args, **kwargs)
-        observer(self, args[0] if args else kwargs["model_output"])
+        noise = args[0] if args else kwargs["model_output"]
+        sample = args[2] if len(args) > 2 else kwargs.get("sample")
+        observer(self, noise, sample, output)
         return output
 
     step.observer = observer  # type: ignore[attr-defined]

@@ -35,6 +35,9 @@ class Stats:
             what regions are chosen by. They are freed when a run ends, unless `keep_caches`.
         region_counts: `(samples, H / p, W / p)`, int64: how often each region was computed; None
             before the first run, and where they are not known.
+        edited: `(samples, H / p, W / p)` bool: the regions that an edit changes, as the run has
+            shown, or those under the mask, with their margin; None where there is no picture to
+            edit, or nobody asked.
         warnings: What was warned of since `enable`.
     """
 
@@ -54,6 +57,7 @@ class Stats:
     reference_tokens_total: int = 0
     cache_bytes: int = 0
     region_counts: Tensor | None = None
+    edited: Tensor | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -86,6 +90,12 @@ class Stats:
         if self.reference_tokens_total:
             references = f"{self.reference_tokens:,} of {self.reference_tokens_total:,}"
             rows["reference tokens computed"] = references
+        if self.edited is not None:
+            counts = self.edited.flatten(1).sum(1).tolist()
+            whole = "" if self.steps_sparse else "; whole steps"
+            rows["edited regions"] = (
+                f"{', '.join(map(str, counts))} of {self.edited[0].numel()}{whole}"
+            )
         rows |= {
             "speed-up ceiling": f"{self.speedup_ceiling:.3f}x",
             "caches": f"{self.cache_bytes:,} bytes",
@@ -112,6 +122,7 @@ class Tally:
         step: The last solver step in which the transformer was called.
         dense_calls: Calls, the first of their stage, that computed all tokens.
         active_counts: `(S, N)`, in how many others of these a region was active.
+        edited: `(S, N)` bool, the regions that an edit changes.
         cache_bytes: At their most.
     """
 
@@ -125,6 +136,7 @@ class Tally:
     step: int = -1
     dense_calls: int = 0
     active_counts: Tensor | None = None
+    edited: Tensor | None = None
     cache_bytes: int = 0
 
     def count(
@@ -202,5 +214,6 @@ class Tally:
             reference_tokens_total=self.references["all"],
             cache_bytes=self.cache_bytes,
             region_counts=self.region_counts,
+            edited=None if self.edited is None else self.edited.unflatten(1, self.layout.grid),
             warnings=warnings,
         )

@@ -83,9 +83,9 @@ def calibrate(
 
     Raises:
         TypeError: An argument of a wrong type.
-        ValueError: A number out of its range, fewer than two prompts, an enabled pipeline, one that RAS does
-            not support or that returns no latents, or a checkpoint of another calibration, which
-            says in what it differs.
+        ValueError: A number out of its range, fewer than two prompts, an enabled pipeline, one that
+            RAS does not support or that returns no latents, or a checkpoint of another
+            calibration, which says in what it differs.
     """
     if not callable(pipe) or isinstance(pipe, nn.Module):
         raise TypeError(f"calibrate takes a pipeline, got {type(pipe).__name__}")
@@ -352,7 +352,7 @@ class _Runs:
             "guidance": of_run((), getattr(self._pipe, "guidance_scale", None)).get(GUIDANCE),
         }
 
-    def _see(self, noise: Tensor) -> None:
+    def _see(self, noise: Tensor, sample: Any, after: Any) -> None:
         session = session_of(self._pipe)
         assert session is not None and session.run is not None
         if session.run is not self._run:  # some pipelines make several runs in a call

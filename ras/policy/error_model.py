@@ -104,12 +104,20 @@ class ErrorModel:
         kernel: `(n, n)`, see the module.
         hold: Whether reuse holds the noise, all `g_j` being 0.
         even: Whether the longest stretch of a plan is to be as short as may be.
+        past: Steps that are over, and were not dense.
     """
 
     def __init__(
-        self, weights: Sequence[float], kernel: Array, *, hold: bool, even: bool = False
+        self,
+        weights: Sequence[float],
+        kernel: Array,
+        *,
+        hold: bool,
+        even: bool = False,
+        past: Sequence[int] = (),
     ) -> None:
         self.steps = len(weights)
+        self.past = frozenset(past)
         self._hold, self._even = hold, even
         # A row of zeros for what is no step: -1, before the first, and n, the end.
         self._kernel = np.pad(kernel, (0, 1))
@@ -184,14 +192,15 @@ class ErrorModel:
         plans of 150 to 1,000 steps on the `covariance` of five clocks, the same in 108 of them.
         """
         n, must = self.steps, sorted({0, *pinned})
-        count = min(max(count, len(must)), n)
+        count = min(max(count, len(must)), n - len(self.past))
         if count == len(must):
             return tuple(must)
         if count == len(must) + 1 and not self._even:
             return self._with_best(must)
         longest = _shortest(n, count, must) if self._even else _longest(n, count, must)
         if longest <= LONGEST or n * longest**2 <= STRETCHES:
-            return self._search(np.arange(n), count, must, longest)
+            places = np.setdiff1d(np.arange(n), [*self.past])
+            return self._search(places, count, must, min(longest, len(places) - count + 1))
         places = np.array(self.best(len(must) + FINER * (count - len(must)), must))
         longest = max(LONGEST, math.isqrt(STRETCHES // len(places)))
         longest = min(longest, len(places) - count + 1)
@@ -207,7 +216,7 @@ class ErrorModel:
     def _with_best(self, dense: Sequence[int]) -> tuple[int, ...]:
         """`dense` and the one step besides that leaves the least error."""
         errors = self.adding(dense)
-        errors[[*dense]] = np.inf
+        errors[[*dense, *self.past]] = np.inf
         return tuple(sorted([*dense, int(errors.argmin())]))
 
     def _search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ def plan_run(
     layout: Layout,
     masked_tokens: int | None = None,
     here: tuple[tuple[str, Any], ...] = (),
+    done: tuple[float, ...] = (),
 ) -> RunPlan:
     """Plan a run by the settings.
 
@@ -38,6 +39,7 @@ def plan_run(
         layout: The tokens of one sample. Where their grid is not known, steps are whole.
         masked_tokens: How many tokens a partial step computes where a mask says which.
         here: What a plan may have been made for, as `ras/fingerprint.py` tells it.
+        done: The shares that the steps so far have computed, of a run that is planned anew.
     """
     steps, given = clock.steps, config.plan
     unfit = None if given is None else given.unfit(steps, dict(here))
@@ -57,7 +59,7 @@ def plan_run(
         if given is not None:
             speedup = speedup_of(given, layout, config)
             complaints.append(f"{unfit}, so that another is made for its speed-up of {speedup:.2f}")
-        plan = _of_least_error(config, speedup, clock, layout, masked_tokens, here)
+        plan = _of_least_error(config, speedup, clock, layout, masked_tokens, here, done)
         if few and given is None and config.speedup is None:
             complaints.append(
                 f"{steps} steps leave little to reuse, so that {plan.shares.count(DENSE)} of them "
@@ -100,20 +102,24 @@ def _of_least_error(
     layout: Layout,
     masked_tokens: int | None,
     here: tuple[tuple[str, Any], ...],
+    done: tuple[float, ...] = (),
 ) -> Plan:
     """The plan of least modelled error, with the steps dense that the settings want so."""
     steps = clock.steps
     start, end = config.scheduler_start_step, config.scheduler_end_step
     pinned = set(range(start or 0)) | (set() if end is None else set(range(end + 1, steps)))
     pinned |= resets(config.error_reset_steps or (), steps)
-    pinned = {step for step in pinned if step < steps}
+    pinned = {step for step in pinned if len(done) <= step < steps}
+    pinned |= {step for step, share in enumerate(done) if share == DENSE}
+    past = {*range(len(done))} - pinned
     hold = config.extrapolation == 0
     kernel, learned = covariance(clock, config.extrapolation or EXTRAPOLATION), config.learned
     if learned is not None and learned.fits(clock, dict(here)):
         kernel = learned.covariance(kernel)
     elif steps < FEWEST and clock.prediction == "flow":
         kernel = brownian(clock)
-    model = ErrorModel(clock.weights, kernel, hold=hold, even=steps < FEWEST)
+    even = steps < FEWEST
+    model = ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
     if not layout.grid:
         return plan_whole(model, speedup, pinned)
     if masked_tokens and _mask_pays(config, layout, masked_tokens):
@@ -124,6 +130,7 @@ def _of_least_error(
             reuse_text=config.reuse_text,
             pinned=pinned,
             masked_tokens=masked_tokens,
+            done=done,
         )
     plan = plan_speedup(
         model,
@@ -132,6 +139,7 @@ def _of_least_error(
         reuse_text=config.reuse_text,
         pinned=pinned,
         share=config.sample_ratio,
+        done=done,
     )
     return _with_mask(plan, config, masked_tokens, layout)
 
@@ -152,6 +160,7 @@ def plan_speedup(
     reuse_text: bool,
     pinned: Collection[int] = (),
     share: float | None = None,
+    done: Sequence[float] = (),
 ) -> Plan:
     """The plan of least modelled error at `1 / speedup` of what is in a dense run's sequences.
 
@@ -166,12 +175,13 @@ def plan_speedup(
         reuse_text: Whether partial steps leave the text tokens out.
         pinned: Steps that must be dense.
         share: Of the image tokens in every partial step; None fits a step to what is left.
+        done: What the steps so far have computed; the dense ones are pinned.
     """
     num_tokens, full = layout.tokens, layout.sequence
     text = 0 if reuse_text else layout.text
-    budget = model.steps * full / speedup
+    budget = model.steps * full / speedup - _spent(done, layout, text)
     least = len({0, *pinned})
-    nearest = round(model.steps / speedup)
+    nearest = round(budget / full)
     if share is None and nearest >= least and abs(budget / (nearest * full) - 1) <= TOLERANCE:
         budget = nearest * full
     count = max(min(int(budget / full + 1e-9), model.steps), least)
@@ -190,8 +200,10 @@ def plan_speedup(
                 count, partial = count - fewer, [each] * pieces
                 break
     dense = model.best(count, pinned)
-    shares = [DENSE if step in dense else SKIP for step in range(model.steps)]
-    for size in partial[: model.steps - len(dense)]:
+    shares = [*done, *[SKIP] * (model.steps - len(done))]
+    for step in dense:
+        shares[step] = DENSE
+    for size in partial[: model.steps - len(model.past) - len(dense)]:
         add_partial(model, shares, size, pinned)
     return Plan(tuple(shares))
 
@@ -204,28 +216,37 @@ def plan_masked(
     reuse_text: bool,
     pinned: Collection[int],
     masked_tokens: int,
+    done: Sequence[float] = (),
 ) -> Plan:
     """The plan for a mask: up to two partial steps, of the masked tokens, for a dense one.
 
     Dense steps keep the context fresh, which alone matters beside the mask; both kinds of step
-    fall where as many dense ones would.
+    fall where as many dense ones would. Of `done`, which the budget has paid for, dense steps are
+    pinned.
     """
     num_tokens, full = layout.tokens, layout.sequence
-    partial = (masked_tokens + (0 if reuse_text else layout.text)) / full
+    text = 0 if reuse_text else layout.text
+    partial = (masked_tokens + text) / full
     must = {0, *pinned}
-    budget = max(model.steps / speedup, 1)
+    budget = max(model.steps / speedup, 1) - _spent(done, layout, text) / full
+    free = model.steps - len(model.past)
     count = max(int(budget / (1 + PARTIALS * partial)), len(must))
     # Where there are not steps enough for so many partial ones, more are dense, if there is room.
     room = budget - partial
-    while count + 1 < room and count + round((budget - count) / partial) > model.steps:
+    while count + 1 < room and count + round((budget - count) / partial) > free:
         count += 1
     dense = model.best(count, must)
-    rest = min(max(round((budget - count) / partial), 0), model.steps - count)
+    rest = min(max(round((budget - count) / partial), 0), free - count)
     both = model.best(count + rest, dense)
-    shares = [0.0] * model.steps
+    shares = [*done, *[0.0] * (model.steps - len(done))]
     for step in both:
         shares[step] = DENSE if step in dense else masked_tokens / num_tokens
     return Plan(tuple(shares))
+
+
+def _spent(done: Sequence[float], layout: Layout, text: int) -> float:
+    """Tokens of the partial steps so far, of which `text` each is of the text."""
+    return sum(share * layout.tokens + text for share in done if SKIP < share < DENSE)
 
 
 def add_partial(
@@ -238,7 +259,7 @@ def add_partial(
     """
     left = (1 - share) ** 2
     dense = [step for step, value in enumerate(shares) if value == DENSE]
-    free = [step for step, value in enumerate(shares) if value == SKIP]
+    free = [step for step, value in enumerate(shares) if value == SKIP and step not in model.past]
     added = (1 - left) * model.adding(dense) + left * model.error(dense)
     plans = [(added[step], dense, step) for step in free]
     taken = {step for step, value in enumerate(shares) if SKIP < value < DENSE}

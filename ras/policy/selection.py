@@ -73,7 +73,7 @@ class Selection:
     """
 
     def __init__(self, config: RASConfig, pixels: int, masked: Tensor | None = None) -> None:
-        self._config, self._pixels, self._masked = config, pixels, masked
+        self._config, self._pixels, self.masked = config, pixels, masked
         self._ages: Tensor | None = None  # (S, N) steps that each region has waited
         self._drift: _Drift | None = None
 
@@ -100,7 +100,7 @@ class Selection:
         if rows is None:
             seen.late.fill_(in_time)
         else:
-            others = rows.shape[1] - (0 if self._masked is None else self._masked.shape[1])
+            others = rows.shape[1] - (0 if self.masked is None else self.masked.shape[1])
             seen.late.add_(others).scatter_(1, rows.long(), in_time)
 
     def choose(self, noise: Tensor, count: int, sigma: float) -> Tensor | None:
@@ -114,7 +114,7 @@ class Selection:
         Returns:
             None for all of them, where no step has computed all tokens of such noise.
         """
-        masked = self._masked
+        masked = self.masked
         if masked is not None:
             if len(noise) % len(masked):
                 raise ValueError(f"the mask is of {len(masked)} samples, the run of {len(noise)}")

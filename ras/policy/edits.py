@@ -1,0 +1,172 @@
+"""Which regions an edit changes, as the run itself shows.
+
+At noise level s the sample `x` and the noise `v` predicted of it (in flow matching, `noise - x0`)
+say which clean image the run is heading for,
+
+    x0 = x - s * v
+
+Where it differs from the picture to edit, region by region, the edit changes something: with `r`
+the rms of the picture's latents and `d` that of the difference over a region's channels, a region
+is *edited* if
+
+    d >= t,    t = TIMES * (the QUANTILE of d over the image), but from LEAST * r to MOST * r
+
+and another of the nine around it is, too. The quantile tells what the model makes of what it is to
+keep; where an edit takes in more than its part of the image, `MOST` is what counts. Gaps between
+edited regions are closed, and all is widened by the margin, since what an edit does reaches beyond
+what it changes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layout import Layout
+
+TIMES, QUANTILE = 3.0, 0.3
+LEAST, MOST = 0.1, 0.35
+ASPECT = 0.1  # how much more oblong a picture may be than the image
+SIZES = 16  # how many sizes of partial steps there may be, that compilers need not see more
+
+
+def original(latents: Tensor, layout: Layout) -> Tensor | None:
+    """The tokens of the picture to edit, `(B, N, C)`, where the image's are.
+
+    It is the first picture that is about as oblong as the image, resampled if it is of another
+    size. None where there is none.
+
+    Args:
+        latents: `(B, N + R, C)`, as the transformer gets them.
+        layout: Of a sample.
+    """
+    begin, (height, width) = layout.tokens, layout.grid[-2:]
+    for sides in layout.pictures if len(layout.grid) == 2 else ():
+        end = begin + math.prod(sides)
+        picture = latents[:, begin:end]
+        begin = end
+        if sides == (height, width):
+            return picture.clone()
+        if abs(math.log(sides[0] * width / (sides[1] * height))) <= ASPECT:
+            image = picture.transpose(1, 2).unflatten(2, sides).float()
+            image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+            return image.flatten(2).transpose(1, 2).to(picture.dtype)
+    return None
+
+
+class Edit:
+    """What a run is going to change of a picture, as far as it has shown.
+
+    Attributes:
+        regions: `(S, N)` bool, those that are edited, with their margin, on the device.
+        count: How many a partial step computes, or None before it is known.
+    """
+
+    def __init__(self, original: Tensor, grid: tuple[int, ...], margin: int) -> None:
+        """`original` is `(S, N, C)`, in the order of the noise that is going to be seen."""
+        self.regions: Tensor | None = None
+        self.count: int | None = None
+        self._original, self._grid, self._margin = original.float(), grid, margin
+        self._scores: Tensor | None = None
+        self._asked: tuple[Tensor, Any] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(S, N, C)`, that of the samples' tokens."""
+        return self._original.shape
+
+    def fix(self, rows: Tensor) -> None:
+        """Take these regions, `(S, k)`, for the edited ones, whatever the run shows."""
+        regions = torch.zeros(len(rows), self._original.shape[1], device=rows.device)
+        self.regions = regions.scatter(1, rows.long(), 1) > 0.5
+
+    def preserve(self, tokens: Tensor) -> Tensor:
+        """The tokens, `(S, N, C)`, with the picture's where nothing is edited.
+
+        Regions at the edge of what is edited are a mixture, by how many of the nine around them are
+        edited, so that no seam shows.
+        """
+        if self.regions is None:
+            return tokens
+        inside = self.regions.unflatten(1, self._grid)[:, None].float()
+        around = F.avg_pool2d(inside, 3, stride=1, padding=1, count_include_pad=False)
+        weight = (inside * around).flatten(1)[..., None]
+        mixed = torch.lerp(self._original, tokens.float(), weight)
+        return torch.where(weight > 0, mixed, self._original).to(tokens.dtype)
+
+    def observe(self, sample: Tensor, noise: Tensor, sigma: float) -> None:
+        """See the sample and the guided noise of a step that computed all, `(S, N, C)` each."""
+        clean = torch.add(sample.float(), noise.float(), alpha=-sigma)
+        self._scores = (clean - self._original).square().mean(-1).sqrt()
+        self.regions = edited(self._scores, self._rms, self._grid, self._margin)
+        counts = self.regions.sum(1).max()
+        if counts.is_cuda:
+            copy = torch.empty((), dtype=counts.dtype, pin_memory=True)
+            copy.copy_(counts, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+            self._asked = copy, done
+        else:
+            self._asked = counts, None
+
+    @property
+    def _rms(self) -> Tensor:
+        return self._original.square().mean((1, 2)).sqrt()
+
+    def learn_count(self) -> bool:
+        """Read how many regions are edited, if that was asked for; whether it is another number.
+
+        It was asked for a step ago, and the device has since got that step's work to do.
+        """
+        if self._asked is None:
+            return False
+        (value, done), self._asked = self._asked, None
+        if done is not None:
+            done.synchronize()
+        tokens = math.prod(self._grid)
+        size = max(tokens // SIZES, 1)
+        count = min(-(-int(value) // size) * size, tokens)
+        before, self.count = self.count, count
+        return count != before
+
+    def choose(self) -> Tensor:
+        """The `count` regions of each sample that are edited, or most likely, `(S, count)` int32
+        ascending."""
+        assert self._scores is not None and self.regions is not None and self.count is not None
+        score = self._scores + self.regions * (self._scores.amax(1, keepdim=True) + 1)
+        chosen = score.topk(self.count, dim=1).indices
+        return chosen.sort(dim=1).values.to(torch.int32)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        found = [self._original, self._scores, self.regions]
+        return [tensor for tensor in found if tensor is not None]
+
+
+def edited(scores: Tensor, rms: Tensor, grid: tuple[int, ...], margin: int) -> Tensor:
+    """The regions that are edited, `(S, N)` bool.
+
+    Args:
+        scores: `(S, N)` float, how much each differs.
+        rms: `(S,)`, that of the picture.
+        grid: Regions in height and width.
+        margin: By how many regions to widen them.
+    """
+    usual = scores.quantile(QUANTILE, dim=1)
+    least = torch.minimum(torch.maximum(TIMES * usual, LEAST * rms), MOST * rms)
+    differs = (scores >= least[:, None]).unflatten(1, grid)[:, None].float()
+    around = F.avg_pool2d(differs, 3, stride=1, padding=1, divisor_override=1)
+    kept = differs * (around >= 2)
+    closed = -_widened(-_widened(kept, 1), 1)
+    return _widened(closed, margin).flatten(1) > 0.5
+
+
+def _widened(regions: Tensor, margin: int) -> Tensor:
+    """The greatest of the regions up to `margin` away."""
+    side = 2 * margin + 1
+    return F.max_pool2d(regions, side, stride=1, padding=margin)
