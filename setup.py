@@ -20,7 +20,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ras", "ras.*", "ras_kernels", "ras_kernels.*"]),
-    package_data={"ras": ["py.typed", "bundled/*", "bundled/*/*"], "ras_kernels": ["py.typed"]},
+    package_data={
+        "ras": ["py.typed", *(f"bundled{end}" for end in ("/*", "/*/*", "_edit/*", "_edit/*/*"))],
+        "ras_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.6",
         'triton>=3.2; platform_system == "Linux"',

@@ -16,6 +16,8 @@ from .policy.learning import Learned
 from .session import RASWarning
 from .stats import Stats
 
+BUNDLED = {"generate": "bundled", "edit": "bundled_edit"}
+
 __all__ = [
     "Family",
     "Layout",
@@ -42,6 +44,15 @@ __all__ = [
 ]
 
 
-def bundled_model() -> Path:
-    """The folder of the small Stable Diffusion 3 pipeline that comes with the package."""
-    return Path(__file__).parent / "bundled"
+def bundled_model(task: str = "generate") -> Path:
+    """The folder of a small pipeline that comes with the package.
+
+    Args:
+        task: `"generate"` for a `StableDiffusion3Pipeline`, `"edit"` for a `FluxKontextPipeline`.
+
+    Raises:
+        ValueError: Another task.
+    """
+    if task not in BUNDLED:
+        raise ValueError(f"task must be one of {', '.join(BUNDLED)}, got {task!r}")
+    return Path(__file__).parent / BUNDLED[task]

@@ -47,9 +47,15 @@ def put_back(image: Image.Image, picture: Image.Image, edited: Any) -> Image.Ima
             "edited must be (rows, columns) bool, of no more regions than pixels; got "
             f"{tuple(edited.shape)} {edited.dtype}"
         )
-    inside = F.interpolate(edited.cpu().float()[None, None], (height, width), mode="nearest")
+    inside = pixels_of(edited, image.size).float()[None, None]
     side = max(1, height // rows // 2, width // columns // 2) | 1
     around = F.avg_pool2d(inside, side, stride=1, padding=side // 2, count_include_pad=False)
     weight = (inside * around)[0, 0, :, :, None].numpy()
     own, new = (np.asarray(each.convert("RGB"), np.float32) for each in (picture, image))
     return Image.fromarray(np.rint(own + weight * (new - own)).astype(np.uint8))
+
+
+def pixels_of(regions: Tensor, size: tuple[int, int]) -> Tensor:
+    """The pixels `(height, width)` bool of regions `(rows, columns)`; `size` is as PIL has it."""
+    values = regions.cpu().float()[None, None]
+    return F.interpolate(values, size[::-1], mode="nearest")[0, 0] > 0.5

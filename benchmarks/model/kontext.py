@@ -55,7 +55,7 @@ BATCH = 16
 TEXT_TOKENS = 16  # the longest instruction takes 9, and the two end marks
 TEXT_WIDTH = 128
 SHIFT = 3.0
-CHANGED, WEIGHT = 0.05, 4.0  # a token that an edit changes by more weighs so many times more
+CHANGED, WEIGHT = 0.05, 8.0  # a token that an edit changes by more weighs so many times more
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -220,7 +220,7 @@ def draw_sheet(out: Path, sheet: Path, count: int = 24) -> None:
 
 
 def main() -> None:
-    train_or_draw(__doc__, train, draw_sheet, steps=5000)
+    train_or_draw(__doc__, train, draw_sheet, steps=4000)
 
 
 if __name__ == "__main__":

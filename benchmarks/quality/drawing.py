@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import ras
-from ras.cli.generate import clock
+from ras.cli.runs import clock
 
 from ..model import edits, kontext, lumina, photos, scenes, sd3, train
 from .setting import STEPS
@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[Path, Callable[[Path], Any]]] = {
     "bundled": (ras.bundled_model(), sd3.load),
     "lumina": (WEIGHTS / "lumina", sd3.load),
     "photos": (WEIGHTS / "photos", photos.load),
-    "kontext": (WEIGHTS / "kontext", sd3.load),
+    "kontext": (ras.bundled_model("edit"), sd3.load),
 }
 """The models at hand by name: folder, and what loads it.
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 import ras
-from ras.cli.generate import clock
+from ras.cli.runs import clock
 from ras.cli.loading import DTYPES
 
 from ..commands import COUNT, DURATION, SHARE, SPEEDUP, STEP, as_command

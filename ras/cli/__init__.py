@@ -1,4 +1,4 @@
-"""The command line: `ras generate`, `ras models` and `ras info`."""
+"""The command line: `ras generate`, `ras edit`, `ras models` and `ras info`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import ras
 
 from ..checks import MOST_STEPS
 from ..config import DEFAULT_SPEEDUP
-from . import generate, info, models
+from . import edit, generate, info, models
 from .loading import DTYPES, quiet
 from .options import number
 
@@ -73,8 +73,52 @@ def _parser() -> argparse.ArgumentParser:
     making.set_defaults(command=generate.main)
     add = making.add_argument
     add("prompt", type=_prompt, help="what the image shows")
-    add("--out", type=_out, default="out.png", metavar="FILE", help="default: %(default)s")
     add("--no-compare", action="store_true", help="write the RAS image alone")
+    _add_common(making)
+    add("--plan", metavar="FILE", help="a plan that ras.calibrate has made, instead")
+    add(
+        "--sample-ratio",
+        type=float,
+        metavar="RATIO",
+        help="the paper's schedule instead, in which a sparse step computes that share",
+    )
+    add("--height", type=number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's")
+    add("--width", type=number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's")
+    add("--negative-prompt", type=_prompt, metavar="TEXT", help="what the image does not show")
+
+    editing = commands.add_parser(
+        "edit",
+        help="edit a picture by an instruction, dense and with RAS, side by side",
+        description="Edit a picture twice, dense and with RAS, which computes what changes, and "
+        "write both beside the picture and a map of how often each region was computed.",
+    )
+    editing.set_defaults(command=edit.main)
+    add = editing.add_argument
+    add("image", nargs="?", type=_file, help="the picture; without one, a drawn one is made first")
+    add("instruction", type=_prompt, help="what to change")
+    add("--mask", type=_file, metavar="FILE", help="a picture that is white where it may change")
+    add("--preserve", action="store_true", help="keep all pixels that the edit does not change")
+    add(
+        "--picture",
+        type=_prompt,
+        default=edit.PICTURE,
+        metavar="TEXT",
+        help="what the picture shows that is made without one",
+    )
+    _add_common(editing)
+
+    listing = commands.add_parser("models", help="print which models are supported, and how")
+    listing.set_defaults(command=models.main)
+
+    describing = commands.add_parser("info", help="print what a bug report needs")
+    describing.set_defaults(command=info.main)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what all commands take that make images."""
+    add = parser.add_argument
+    add("--out", type=_out, default="out.png", metavar="FILE", help="default: %(default)s")
     add("--model", type=_model, help="a pipeline's folder or hub id; default: the bundled model")
     add("--device", type=_device, default=_default_device(), help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
@@ -86,25 +130,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FACTOR",
         help=f"tokens of a dense run per token computed; default: {DEFAULT_SPEEDUP:g}",
     )
-    add("--plan", metavar="FILE", help="a plan that ras.calibrate has made, instead")
-    add(
-        "--sample-ratio",
-        type=float,
-        metavar="RATIO",
-        help="the paper's schedule instead, in which a sparse step computes that share",
-    )
-    add("--height", type=number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's")
-    add("--width", type=number(int, 1, MOST_PIXELS), metavar="PIXELS", help="default: the model's")
-    add("--negative-prompt", type=_prompt, metavar="TEXT", help="what the image does not show")
     add("--guidance-scale", type=number(float, 0), metavar="SCALE", help="default: the model's")
     add("--json", action="store_true", help="print the figures as JSON")
 
-    listing = commands.add_parser("models", help="print which models are supported, and how")
-    listing.set_defaults(command=models.main)
 
-    describing = commands.add_parser("info", help="print what a bug report needs")
-    describing.set_defaults(command=info.main)
-    return parser
+def _file(text: str) -> str:
+    """A file that there is."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return text
 
 
 def _prompt(text: str) -> str:

@@ -31,6 +31,7 @@ def main(options: argparse.Namespace) -> None:
         capability = f"sm_{properties.major}{properties.minor}"
         lines[name] = _device_line(f"{properties.name}, {memory}, {capability}", name)
     lines["bundled model"] = _folder_line(ras.bundled_model())
+    lines["bundled editor"] = _folder_line(ras.bundled_model("edit"))
     print(aligned(lines))
 
 

@@ -18,16 +18,17 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
 from diffusers.utils import logging as diffusers_logging
 
-import ras
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Pipeline = Any  # a DiffusionPipeline; its classes share no call that a type could describe
 
 
-def load(options: argparse.Namespace) -> Pipeline:
-    """The pipeline on its device. Raises ValueError, whatever the reason, if there is none."""
-    source = str(options.model or ras.bundled_model())
+def load(options: argparse.Namespace, bundled: Path) -> Pipeline:
+    """The pipeline of the options `model`, `device` and `dtype`, else the bundled one.
+
+    Raises ValueError, whatever the reason, if there is none.
+    """
+    source = str(options.model or bundled)
     dtype = options.dtype or ("float32" if options.device.type == "cpu" else "bfloat16")
     try:
         with quiet(diffusers_logging):

@@ -63,18 +63,19 @@ def heat_map(counts: NDArray[np.integer], size: tuple[int, int]) -> Image.Image:
 
 
 def comparison(
-    dense: Image.Image,
-    ras: Image.Image,
+    images: Sequence[tuple[str, Image.Image]],
     counts: NDArray[np.integer],
-    titles: tuple[str, str, str],
+    title: str,
     caption: Sequence[str],
 ) -> Image.Image:
-    """Dense image, RAS image and the heat map of `counts` with its legend, side by side.
+    """Images of one size, and the heat map of `counts` with its legend, side by side.
 
     `counts` is `(rows, columns)`: how often each region was computed. A title stands above each
-    panel; the caption's lines stand below, the first one in black, each wrapped to the width.
+    panel, `title` above the map; the caption's lines stand below, the first one in black, each
+    wrapped to the width.
     """
-    width, height = dense.size
+    width, height = images[0][1].size
+    panels = [*images, (title, heat_map(counts, (width, height)))]
     # The text's size, from which every distance follows.
     unit = max(12, round(min(width, height) / 16))
     font, small = ImageFont.load_default(unit), ImageFont.load_default(0.85 * unit)
@@ -83,20 +84,19 @@ def comparison(
     marks = [str(high), str(low)] if high > low else [str(high)]
     legend = unit + round(max(small.getlength(mark) for mark in marks))
 
-    total = 4 * gap + 3 * width + gap // 2 + legend + gap // 4
+    total = gap + len(panels) * (gap + width) + gap // 2 + legend + gap // 4
     rows = [wrap(text, font, total - 2 * gap) for text in caption]
     top = gap // 2 + line
     bottom = top + height + gap
     canvas = Image.new("RGB", (total, bottom + sum(map(len, rows)) * line + gap // 2), PAPER)
     draw = ImageDraw.Draw(canvas)
 
-    panels = (dense, ras, heat_map(counts, dense.size))
-    for index, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+    for index, (above, panel) in enumerate(panels):
         x = gap + index * (width + gap)
-        draw.text((x, gap // 2), shorten(title, font, width), INK, font)
+        draw.text((x, gap // 2), shorten(above, font, width), INK, font)
         canvas.paste(panel, (x, top))
 
-    x = 3 * (width + gap) + gap // 2
+    x = len(panels) * (width + gap) + gap // 2
     ramp = np.linspace(1, 0 if high > low else 1, height)[:, None].repeat(gap // 2, axis=1)
     canvas.paste(Image.fromarray(colours(ramp)), (x, top))
     for mark, y, anchor in zip(marks, (top, top + height), ("lt", "lb"), strict=False):

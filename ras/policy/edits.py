@@ -162,7 +162,8 @@ def edited(scores: Tensor, rms: Tensor, grid: tuple[int, ...], margin: int) -> T
     differs = (scores >= least[:, None]).unflatten(1, grid)[:, None].float()
     around = F.avg_pool2d(differs, 3, stride=1, padding=1, divisor_override=1)
     kept = differs * (around >= 2)
-    closed = -_widened(-_widened(kept, 1), 1)
+    # With a border around, into which regions at the edge are widened, too.
+    closed = -_widened(-_widened(F.pad(kept, (1, 1, 1, 1)), 1), 1)[..., 1:-1, 1:-1]
     return _widened(closed, margin).flatten(1) > 0.5
 
 

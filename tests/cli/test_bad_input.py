@@ -90,7 +90,7 @@ def test_nonsense_for_an_option(option, here, monkeypatch, capsys):
     """One line and status 2, or it is taken; nothing is written, and there is no traceback."""
     before = sorted(here.rglob("*"))
 
-    def reached(options):
+    def reached(*_):
         raise Reached
 
     monkeypatch.setattr(cli.generate, "load", reached)
@@ -124,16 +124,16 @@ def test_errors_on_the_way(error, here, monkeypatch, capsys):
     def fail(*_):
         raise error
 
-    for place in ("load", "_compare"):
+    for place in (cli.generate, "load"), (cli.runs.Job, "compare"):
         with monkeypatch.context() as patch:
-            patch.setattr(cli.generate, "load", lambda options: None)
-            patch.setattr(cli.generate, place, fail)
+            patch.setattr(cli.generate, "load", lambda *_: None)
+            patch.setattr(*place, fail)
             assert cli.main(["generate", "a ring"]) == 2
             err = capsys.readouterr().err
             assert err.startswith("ras: error: ") and err.count("\n") == 1 and len(err) > 14
 
 
-@pytest.mark.parametrize("moment", ["load", "_run", "_figures", "save", "_summary"])
+@pytest.mark.parametrize("moment", ["load", "run_ras", "figures", "save", "tell"])
 def test_interrupts(moment, here, monkeypatch, capsys):
     """Status 130 and one line; no picture, or the whole one, and the old one until then."""
     out = here / "out.png"
@@ -151,12 +151,13 @@ def test_interrupts(moment, here, monkeypatch, capsys):
 
         monkeypatch.setattr(Image.Image, "save", half)
     else:
-        monkeypatch.setattr(cli.generate, moment, interrupt)
+        place = cli.runs.Job if moment == "run_ras" else cli.generate
+        monkeypatch.setattr(place, moment, interrupt)
     options = ["--steps=2", f"--out={out}", "--no-compare"]
     assert cli.main(["generate", "a ring", *options]) == 130
     captured = capsys.readouterr()
     assert captured.err.strip().endswith("ras: interrupted") and "Traceback" not in captured.err
-    assert (out.read_bytes() == old) == (moment != "_summary")
+    assert (out.read_bytes() == old) == (moment != "tell")
     assert not list(here.glob(".*"))
 
 

@@ -123,7 +123,7 @@ def test_compares(folder, tmp_path, capsys):
     assert [report[name] for name in steps] == [getattr(stats, name) for name in steps]
     assert report["steps_skipped"] > 0 and sum(report[name] for name in steps) == 6
     assert report["speedup_ceiling"] == pytest.approx(2, rel=0.03)
-    assert report["runs"] == cli.generate.REPEATS
+    assert report["runs"] == cli.runs.REPEATS
     tokens = ("tokens_computed", "tokens_total", "text_tokens")
     for name in (*tokens, "speedup_ceiling", "cache_bytes"):
         assert report[name] == getattr(stats, name)
@@ -189,7 +189,7 @@ def test_prints_a_summary(folder, tmp_path, capsys):
 
 def test_long_runs_are_timed_once(folder, tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 1000, 12))
-    monkeypatch.setattr(cli.generate, "clock", lambda device: float(next(clock)))
+    monkeypatch.setattr(cli.runs, "clock", lambda device: float(next(clock)))
     assert generate(folder, tmp_path / "out.png", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["runs"] == 1
@@ -301,7 +301,7 @@ def test_refuses_a_wrong_option(options, named, tmp_path, capsys, monkeypatch):
     Path("folder.png").mkdir()
     Path("wrong.json").write_text('{"ras_plan": 1, "shares": [1, 2]}')
     PLAN.save("plan.json")
-    monkeypatch.setattr(cli.generate, "load", lambda options: pytest.fail("loaded a model"))
+    monkeypatch.setattr(cli.generate, "load", lambda *_: pytest.fail("loaded a model"))
     assert cli.main(["generate", PROMPT, *options]) == 2
     assert named in error_line(capsys)
 
@@ -355,7 +355,8 @@ def test_info(capsys):
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["ras"] == ras.__version__ and lines["torch"] == torch.__version__
     assert lines["cpu"].endswith(f"kernels: {ras_kernels.backend(torch.device('cpu'))}")
-    assert str(ras.bundled_model()) in lines["bundled"]
+    out = lines["bundled"]  # of two lines, the editor's
+    assert str(ras.bundled_model("edit")) in out and "editor" in out
 
 
 def test_version(capsys):
@@ -381,7 +382,7 @@ def test_a_model_without_partial_steps(tmp_path, monkeypatch, capsys):
     """Calls are counted in the place of tokens, and the map is of the image as a whole."""
     pipe, draw = ENTRIES["prx"].build()
     pipe.__class__, pipe.draw = OfImages, draw
-    monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
+    monkeypatch.setattr(cli.generate, "load", lambda *_: pipe)
     out = tmp_path / "out.png"
     with torch.no_grad():
         assert cli.main(["generate", "a ring", "--steps", "12", "--out", str(out)]) == 0
@@ -395,6 +396,6 @@ def test_a_model_without_partial_steps(tmp_path, monkeypatch, capsys):
 def test_a_model_of_something_else_than_images(tmp_path, monkeypatch, capsys):
     pipe, _ = ENTRIES["prx"].build()
     pipe.__class__ = type("Sound", (PRXPipeline,), {"__call__": lambda *_, **__: SimpleNamespace()})
-    monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
+    monkeypatch.setattr(cli.generate, "load", lambda *_: pipe)
     assert cli.main(["generate", "a ring", "--out", str(tmp_path / "out.png")]) == 2
     assert "Sound makes no images" in capsys.readouterr().err

@@ -61,10 +61,9 @@ def test_heat_map_of_equal_counts():
 def test_nothing_leaves_the_comparison(size, counts):
     prompt = "a very long prompt " * 30 + "w" * 300
     picture = pictures.comparison(
-        flat(40, size),
-        flat(90, size),
+        [("Dense · 12345.67 s" * 9, flat(40, size)), ("RAS", flat(90, size))],
         counts,
-        ("Dense · 12345.67 s" * 9, "RAS", "map"),
+        "map",
         (prompt, "x"),
     )
     pixels = np.asarray(picture)

@@ -327,7 +327,7 @@ def test_a_calibrated_plans_file(monkeypatch, tmp_path, capsys):
         ceiling = ras.stats(pipe).speedup_ceiling
     assert ceiling == pytest.approx(2, rel=0.03)
 
-    monkeypatch.setattr(cli.generate, "load", lambda options: pipe)
+    monkeypatch.setattr(cli.generate, "load", lambda *_: pipe)
     size = ["--height", "128", "--width", "128", "--steps", str(STEPS)]
     command = ["generate", "a ring", "--out", str(out), "--plan", str(path), "--json", *size]
     capsys.readouterr()

@@ -1,0 +1,269 @@
+"""Runs that compute what an edit changes, against the oracle; and what is kept of the picture."""
+
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from support.oracle import NOBODY, relative_error
+from support.runs import by_oracle
+from support.zoo import ENTRIES
+from support.zoo.flux import flux2, flux_with_vae
+from support.zoo.packed import qwen_edit
+from support.zoo.parts import SIDE, pil, picture, square
+
+import ras
+from ras.policy import edits
+from ras.policy.selection import Selection
+from ras.session import Session
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::ras.RASWarning"),
+    pytest.mark.usefixtures("no_gradients"),
+]
+
+STEPS = 12
+TWO = dict(num_images_per_prompt=2)
+
+
+def kontext(**inputs):
+    picture_ = picture(SIDE, SIDE)
+    return flux_with_vae(
+        "FluxKontextPipeline", image=picture_, _auto_resize=False, max_area=SIDE**2, **inputs
+    )
+
+
+PIPELINES = {
+    "kontext": kontext,
+    "qwen": qwen_edit,
+    "qwen, two pictures of unlike shape": partial(
+        qwen_edit, "QwenImageEditPlusPipeline", image=[pil(64, 112), pil()]
+    ),
+    "FLUX.2, a small picture": partial(flux2, image=[pil()], **square()),
+    "FLUX.2 Klein": partial(flux2, "Flux2KleinPipeline", False, True, image=[pil()]),
+}
+
+
+def regions(*boxes):
+    """A stand-in for `edited`: the samples' boxes (y, x, height, width), call by call the same."""
+
+    def found(scores, rms, grid, margin):
+        assert scores.shape[0] == len(boxes) and margin == 1
+        marked = torch.zeros(len(boxes), *grid, dtype=torch.bool)
+        for each, (y, x, height, width) in zip(marked, boxes, strict=True):
+            each[y : y + height, x : x + width] = True
+        return marked.flatten(1)
+
+    return mock.patch.object(edits, "edited", found)
+
+
+SMALL = (1, 2, 2, 3), (4, 4, 2, 2)  # of two samples
+LARGE = (0, 0, 8, 8), (4, 4, 2, 2)
+
+
+def noted(pipe, call, boxes=SMALL, more=TWO, **settings):
+    """Latents, the rows of each partial step by step, and the statistics of a run."""
+    rows, choose = {}, Selection.choose
+
+    def choosing(selection, *args, **kwargs):
+        chosen = choose(selection, *args, **kwargs)
+        rows[session.run.step] = chosen.clone()
+        return chosen
+
+    with regions(*boxes), ras.enabled(pipe, **settings):
+        (session,) = [m for m in pipe.transformer._ras_mount.sessions]
+        with mock.patch.object(Selection, "choose", choosing):
+            latents = call(STEPS, **more)
+        return latents, rows, ras.stats(pipe)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_run(name):
+    """Two samples with regions of their own: it is the oracle's, and of the speed-up asked for."""
+    settings = dict(speedup=2.5, extrapolation=0.62)
+    latents, rows, stats = noted(*PIPELINES[name](), **settings)
+    shares = stats.plan.shares
+    partial_steps = [step for step, share in enumerate(shares) if 0 < share < 1]
+    assert partial_steps == list(rows) and len(rows) >= 2 and min(rows) >= 2
+    assert stats.steps_sparse == len(rows)
+    assert stats.speedup_ceiling == pytest.approx(2.5, rel=0.08)
+    assert stats.edited.shape[0] == 2 and stats.edited.flatten(1).sum(1).tolist() == [6, 4]
+    for chosen in rows.values():
+        assert chosen.shape == (2, 8)  # 6 of 64, in sixteenths
+        for row, mine in zip(chosen, stats.edited.flatten(1), strict=True):
+            assert set(mine.nonzero().flatten().tolist()) <= set(row.tolist())
+
+    pipe, call = PIPELINES[name]()
+    for_oracle = [rows.get(step, None if share else NOBODY) for step, share in enumerate(shares)]
+    by_oracle(pipe, for_oracle, extrapolation=0.62)
+    assert relative_error(latents, call(STEPS, **TWO)) < 1e-5
+
+
+def test_an_edit_of_most_of_the_image_is_planned_by_whole_steps():
+    latents, rows, stats = noted(*kontext(), LARGE, speedup=2)
+    assert rows == {} and stats.steps_sparse == 0 and "whole steps" in str(stats)
+    assert stats.speedup_ceiling == pytest.approx(2, rel=0.04)
+    pipe, call = kontext()
+    with ras.enabled(pipe, plan=stats.plan):
+        assert relative_error(latents, call(STEPS, **TWO)) < 1e-5
+
+
+def test_nothing_edited_is_planned_by_whole_steps():
+    _, rows, stats = noted(*kontext(), ((0, 0, 0, 0),) * 2, speedup=2)
+    assert rows == {} and stats.speedup_ceiling == pytest.approx(2, rel=0.04)
+
+
+def test_an_edit_that_grows_is_planned_anew():
+    """From the step on in which it is known, and what was computed before is paid for."""
+    boxes = iter([SMALL] * 3 + [LARGE] * STEPS)
+
+    def found(*args):
+        with regions(*next(boxes)):
+            return edits.edited(*args)
+
+    pipe, call = kontext()
+    with mock.patch.object(edits, "edited", found), ras.enabled(pipe, speedup=2):
+        call(STEPS, **TWO)
+        stats = ras.stats(pipe)
+    kinds = [0 < share < 1 for share in stats.plan.shares]
+    assert any(kinds) and not all(kinds) and stats.edited.sum() > 40
+    assert stats.speedup_ceiling == pytest.approx(2, rel=0.1)
+    last = max(step for step, sparse in enumerate(kinds) if sparse)
+    assert last < STEPS - 2  # whole steps to the end
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(mask=False, speedup=2),
+        dict(speedup=1),
+        dict(plan=[1.0, 1.0] + [0.0, 1.0] * 5),
+        dict(mask=torch.ones(8, 8), speedup=2),
+    ],
+)
+def test_who_asks_for_something_else_gets_that(settings):
+    pipe, call = kontext()
+    with (
+        mock.patch.object(edits, "edited", side_effect=AssertionError),
+        ras.enabled(pipe, **settings),
+    ):
+        call(STEPS)
+        assert ras.stats(pipe).edited is None or "mask" in settings
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen", "flux-kontext", "sd3", "z-image-padded"])
+def test_runs_without_a_picture_of_the_images_shape(name):
+    """They are as they were; the picture of "flux-kontext" is half as wide again."""
+    pipe, call = ENTRIES[name].build()
+    with ras.enabled(pipe, speedup=2):
+        latents = call(STEPS)
+        assert ras.stats(pipe).edited is None
+    with ras.enabled(pipe, speedup=2, mask=False):
+        assert torch.equal(latents, call(STEPS))
+
+
+def test_runs_know_nothing_of_each_other():
+    """An edit of the same picture, after others, is what it is alone."""
+    pipe, call = kontext()
+    with ras.enabled(pipe, speedup=2.5):
+        with regions(*SMALL):
+            first = call(STEPS, **TWO)
+        with regions(*LARGE):
+            call(STEPS, **TWO)
+        call(STEPS)
+        with regions(*SMALL):
+            assert torch.equal(first, call(STEPS, **TWO))
+
+
+def test_the_host_reads_a_step_late(monkeypatch):
+    """How much is edited is read once a step has been asked for since."""
+    pipe, call = kontext()
+    events, observe, learn = [], edits.Edit.observe, edits.Edit.learn_count
+    step = type(pipe.scheduler).step
+
+    def note(what, method):
+        def noted(*args, **kwargs):
+            found = method(*args, **kwargs)
+            if what != "read" or found:
+                events.append(what)
+            return found
+
+        return noted
+
+    monkeypatch.setattr(edits.Edit, "observe", note("seen", observe))
+    monkeypatch.setattr(edits.Edit, "learn_count", note("read", learn))
+    monkeypatch.setattr(type(pipe.scheduler), "step", note("step", step))
+    with regions(*SMALL), ras.enabled(pipe, speedup=2):
+        call(STEPS, **TWO)
+    assert events[:4] == ["step", "seen", "step", "read"] and events.count("read") == 1
+
+
+# --- preserve -------------------------------------------------------------------------------------
+
+
+def picture_latents(pipe, call):
+    """The picture's tokens, as the transformer is given them."""
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    call(1, **TWO)
+    hook.remove()
+    return seen[0][:, 64:]
+
+
+@pytest.mark.parametrize("scheduler", [None, UniPCMultistepScheduler])
+def test_what_is_not_edited_stays_to_the_bit(scheduler):
+    pipe, call = kontext()
+    if scheduler is not None:
+        pipe.scheduler = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    picture_ = picture_latents(pipe, call)
+    with regions(*SMALL), ras.enabled(pipe, speedup=2):
+        free = call(STEPS, **TWO)
+    latents, _, stats = noted(pipe, call, speedup=2, preserve=True)
+    outside = ~stats.edited.flatten(1)
+    assert torch.equal(latents[outside], picture_[outside])
+    assert not torch.equal(free[outside], picture_[outside])
+    assert not torch.equal(latents[~outside], picture_[~outside])
+
+
+def test_what_a_mask_leaves_out_stays():
+    pipe, call = kontext()
+    picture_ = picture_latents(pipe, call)
+    mask = torch.zeros(SIDE, SIDE)
+    mask[:40, :40] = 1
+    with ras.enabled(pipe, speedup=2, mask=mask, preserve=True):
+        latents = call(STEPS, **TWO)
+        stats = ras.stats(pipe)
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[:4, :4] = True  # 3 x 3 regions and the margin
+    assert (stats.edited == expected).all()
+    outside = ~stats.edited.flatten(1).expand(2, -1)
+    assert torch.equal(latents[outside], picture_[outside])
+
+
+@pytest.mark.parametrize("settings", [dict(speedup=1), dict(plan=[1.0, 0.0] * 6)])
+def test_whole_runs_preserve_too(settings):
+    pipe, call = kontext()
+    picture_ = picture_latents(pipe, call)
+    latents, _, stats = noted(pipe, call, preserve=True, **settings)
+    outside = ~stats.edited.flatten(1)
+    assert torch.equal(latents[outside], picture_[outside])
+
+
+def test_nothing_to_preserve_is_said():
+    pipe, call = ENTRIES["flux"].build()
+    with ras.enabled(pipe, speedup=2, preserve=True):
+        with pytest.warns(ras.RASWarning, match="no picture"):
+            latents = call(STEPS)
+    with ras.enabled(pipe, speedup=2):
+        assert torch.equal(latents, call(STEPS))
+
+
+def test_the_edit_is_freed():
+    pipe, call = kontext()
+    with regions(*SMALL), ras.enabled(pipe, speedup=2):
+        call(STEPS, **TWO)
+        (session,) = pipe.transformer._ras_mount.sessions
+        assert isinstance(session, Session) and session.run.edit is None
