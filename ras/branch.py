@@ -22,6 +22,9 @@ from .plan import Reuse
 from .site import KVCache, Walk
 
 
+MOST = 3.0  # beyond which nothing is carried on in a straight line; chosen on the editing model
+
+
 @dataclass
 class Branch:
     """What a branch reuses, and how the step under way goes for it.
@@ -34,6 +37,7 @@ class Branch:
         step: The last solver step in which it was called.
         rows: The rows that the step under way computes, `(B, k)`, or None for all.
         skips: Whether that step computes nothing.
+        levels: The noise levels of the last two steps of all tokens, the last one first.
     """
 
     tokens: HeldTokens = field(default_factory=HeldTokens)
@@ -43,6 +47,20 @@ class Branch:
     step: int = -1
     rows: Tensor | None = None
     skips: bool = False
+    levels: tuple[float, ...] = ()
+
+    def note_level(self, sigma: float) -> None:
+        """Note that all tokens are computed at a noise level."""
+        self.levels = (sigma, *self.levels)[:2]
+
+    def reference_gain(self, sigma: float) -> float:
+        """How much of their last change is added to keys and values of references.
+
+        They follow the time that the model is told, smoothly, so that a straight line over the
+        noise level serves, `(sigma - sigma_1) / (sigma_1 - sigma_0)`, up to `MOST`.
+        """
+        last, before = self.levels if len(self.levels) == 2 else (0.0, 0.0)
+        return min((sigma - last) / (last - before), MOST) if last != before else 0.0
 
     @property
     def begun(self) -> bool:
@@ -57,7 +75,7 @@ class Branch:
     def forget(self) -> None:
         """Reuse nothing of what was, and keep the memory for what comes."""
         self.tokens.begun = self.output.begun = False
-        self.step, self.rows, self.skips = -1, None, False
+        self.step, self.rows, self.skips, self.levels = -1, None, False, ()
         for cache in self.caches:
             cache.mask = None
 

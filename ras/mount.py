@@ -215,17 +215,31 @@ class Mount:
         layout: Layout,
         gain: Tensor | None = None,
         *,
+        reference_gain: float = 0.0,
         shared: bool = True,
         whole: bool = False,
         reuse_text: bool = False,
     ) -> Walk:
-        """How the tokens of a branch's call go; `shared` rows are the same in all samples."""
+        """How the tokens of a branch's call go.
+
+        Args:
+            branch, layout: Of the call.
+            gain: See `Walk.gain`.
+            reference_gain: That of all references.
+            shared: Whether rows are the same in all samples.
+            whole, reuse_text: See `Walk`.
+        """
         family, rows = self.family, branch.rows
+        kv_gain = gain
+        if gain is not None and layout.references and not branch.skips:
+            more = gain.new_full((len(gain), layout.references), reference_gain)
+            kv_gain = torch.cat([gain, more], dim=1)
         return Walk(
             branch.tokens,
             layout,
             rows,
             gain,
+            kv_gain,
             whole,
             reuse_text=reuse_text and bool(family.text),
             image_first=family.image_first,
@@ -403,7 +417,7 @@ def cache_numbers(transformer: Any, family: Family, layout: Layout) -> tuple[int
     for attn, rows in family.attention_layers(transformer):
         tokens = layout.sequence if rows is Rows.JOINT else layout.image
         size = 2 * math.prod(heads_of_keys(attn))
-        kept, changes = kept + tokens * size, changes + layout.tokens * size
+        kept, changes = kept + tokens * size, changes + layout.image * size
     return kept, changes
 
 

@@ -411,10 +411,14 @@ class Session:
             gain = branch.tokens.gain(run.sigma, extrapolation)
         else:
             gain = branch.tokens.expect(branch.rows, run.sigma, extrapolation)
+        reference_gain = branch.reference_gain(run.sigma) if extrapolation else 0.0
+        if branch.rows is None and not branch.skips:
+            branch.note_level(run.sigma)
         walk = mount.walk(
             branch,
             layout,
             gain,
+            reference_gain=reference_gain,
             shared=run.active is None or len(run.active) == 1,
             whole=whole,
             reuse_text=self.config.reuse_text,

@@ -31,6 +31,7 @@ class Walk:
         rows: `(B, k)` tokens whose noise is fresh in this step, or None for all.
         gain: `(B, N)` float32, how much of its last change is added to each image token that does
             not walk, 0 for those that do; or None for nothing.
+        kv_gain: `(B, N + R)` float32, the same of keys and values, those of references among them.
         whole: Whether all tokens walk all the same, and keep no keys and values.
         reuse_text: Whether the text stays behind where image tokens do.
         image_first: Whether the image comes before the text in joint attention.
@@ -43,6 +44,7 @@ class Walk:
     layout: Layout
     rows: Tensor | None = None
     gain: Tensor | None = None
+    kv_gain: Tensor | None = None
     whole: bool = False
     reuse_text: bool = False
     image_first: bool = False
@@ -58,14 +60,15 @@ class Walk:
 class KVCache:
     """One layer's keys and values, `(B, N + R + T, G, D)`: noise, references, then text.
 
-    Beside what a token of the noise last had, how that changed may be kept, to carry it on like
-    its noise.
+    Beside what a token of the noise or a reference last had, how that changed may be kept, to carry
+    it on.
     """
 
     def __init__(
         self,
         shape: tuple[int, int, int, int],
-        others: int,
+        references: int,
+        text: int,
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -75,16 +78,17 @@ class KVCache:
 
         Args:
             shape: `(B, N, G, D)`, of the noise tokens' keys.
-            others: R + T, of the tokens that are attended to with them.
+            references, text: R and T, those that are attended to with them.
             dtype, device: Of what is kept.
             carries: Whether to keep how they change.
         """
         batch, self._noise_tokens, *rest = shape
-        rows = (batch, self._noise_tokens + others, *rest)
+        moving = (batch, self._noise_tokens + references, *rest)
+        rows = (batch, self._noise_tokens + references + text, *rest)
         self._kept = room(None, rows, dtype, device), room(None, rows, dtype, device)
-        self._changes: KeyValue | None = None  # (B, N, G, D), the noise tokens' last changes
+        self._changes: KeyValue | None = None  # (B, N + R, G, D), all last changes but the text's
         if carries:
-            changes = room(None, shape, dtype, device), room(None, shape, dtype, device)
+            changes = room(None, moving, dtype, device), room(None, moving, dtype, device)
             self._changes = changes
         self.mask: Tensor | None = None
         """What the last step of all tokens was masked by: the model's own, one for all its layers
@@ -118,18 +122,18 @@ class KVCache:
         """
         key, value = self._kept
         tokens = self._noise_tokens
-        image.put((key[:, :tokens], value[:, :tokens]), self._changes, walk.active)
+        image.put(_rows((key, value), 0, tokens), _rows(self._changes, 0, tokens), walk.active)
         if references is not None:
-            end = tokens + references.key.shape[1]
-            references.put((key[:, tokens:end], value[:, tokens:end]), None, None)
+            span = tokens, tokens + references.key.shape[1]
+            references.put(_rows((key, value), *span), _rows(self._changes, *span), None)
         if text is not None:
             start = tokens + walk.layout.references
             text.put((key[:, start:], value[:, start:]), None, None)
-        if walk.gain is None or self._changes is None:
+        if walk.kv_gain is None or self._changes is None:
             return key, value
         carried = zip((key, value), self._changes)
         key, value = (
-            ras_kernels.carry_tokens(cache, change, walk.gain) for cache, change in carried
+            ras_kernels.carry_tokens(cache, change, walk.kv_gain) for cache, change in carried
         )
         return key, value
 
@@ -146,6 +150,11 @@ class KVCache:
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
         return [*self._kept, *(self._changes or ())]
+
+
+def _rows(pair: KeyValue | None, begin: int, end: int) -> Any:
+    """The rows of keys and values from `begin` to `end`, if there are any."""
+    return None if pair is None else (pair[0][:, begin:end], pair[1][:, begin:end])
 
 
 class Site:

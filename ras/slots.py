@@ -95,9 +95,9 @@ class ProcessorSlot:
     ) -> KVCache:
         """Room for the layer's keys and values of all tokens."""
         heads, size = heads_of_keys(self._attn)
-        others = layout.references + (layout.text if self._rows is Rows.JOINT else 0)
+        text = layout.text if self._rows is Rows.JOINT else 0
         shape = batch, layout.tokens, heads, size
-        return KVCache(shape, others, dtype, device, carries=carries)
+        return KVCache(shape, layout.references, text, dtype, device, carries=carries)
 
     def use(self, cache: KVCache | None) -> None:
         """Keep keys and values there, until something else is said."""

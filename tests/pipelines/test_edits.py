@@ -116,7 +116,7 @@ def test_nothing_edited_is_planned_by_whole_steps():
 
 def test_an_edit_that_grows_is_planned_anew():
     """From the step on in which it is known, and what was computed before is paid for."""
-    boxes = iter([SMALL] * 3 + [LARGE] * STEPS)
+    boxes = iter([SMALL] * 4 + [LARGE] * STEPS)
 
     def found(*args):
         with regions(*next(boxes)):

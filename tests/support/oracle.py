@@ -153,7 +153,7 @@ class Oracle:
         self.patch = size if isinstance(size, int) else size[-1]
         self.extrapolation, self.kv_correction = extrapolation, kv_correction
         self.reuse_text = reuse_text
-        self.kept, self.times = {}, {}
+        self.kept, self.times, self.levels = {}, {}, {}
 
     def __call__(self, rows, sigma, *args, branch=0, **inputs):
         """Return the noise of a call.
@@ -173,8 +173,9 @@ class Oracle:
         if rows is not None:
             active.scatter_(1, rows.long().repeat(batch // len(rows), 1), True)
         gains = self.note(branch, position(sigma), active)
+        behind = self.behind(branch, sigma, rows is None)
         walking = rows is None, rows is None or not self.reuse_text  # what follows, and the text
-        attend = self.attention(branch, active, gains, after, walking)
+        attend = self.attention(branch, active, gains, after, walking, behind)
         # diffusers' dispatch_attention_fn ends there, too
         with nullcontext() if skipped else patch.object(F, "scaled_dot_product_attention", attend):
             noise = self.forward(*args, **{**inputs, "return_dict": False})[0]
@@ -190,7 +191,19 @@ class Oracle:
         grid = self.tokens.grid(latents[0], inputs, self.patch)
         return len(latents), grid, self.tokens.after(latents[0], math.prod(grid))
 
-    def attention(self, branch, active, gains, after, walking):
+    def behind(self, branch, sigma, whole):
+        """Return the share of its last change that goes on of what follows the noise.
+
+        A straight line over the noise level through the last two steps of all tokens.
+        """
+        last, before = self.levels.get(branch, (sigma, sigma))
+        if whole:
+            self.levels[branch] = sigma, last if branch in self.levels else sigma
+        if whole or not self.extrapolation or last == before:
+            return 0
+        return min((sigma - last) / (last - before), 3)
+
+    def attention(self, branch, active, gains, after, walking, behind):
         """Return what stands in for PyTorch's attention in a call.
 
         Args:
@@ -198,6 +211,7 @@ class Oracle:
             active, gains: Of the tokens that are noise.
             after: How many of the image follow these.
             walking: Whether those walk, and whether text does.
+            behind: The gain of those.
         """
         attention, image = F.scaled_dot_product_attention, active.shape[1] + after
         layers = iter(range(10**6))
@@ -208,7 +222,8 @@ class Oracle:
             if counts:
                 layer = next(layers)
                 fresh = self.along(active, after, text, walking)
-                g = self.along(gains * self.kv_correction, after, text)
+                others = behind * self.kv_correction, 0
+                g = self.along(gains * self.kv_correction, after, text, others)
                 key = self.keep((layer, "key", *branch), key, fresh, g)
                 value = self.keep((layer, "value", *branch), value, fresh, g)
             return attention(query, key, value, *args, **kwargs)
