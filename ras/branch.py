@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .output import HeldOutput, HeldTokens
+from .output import HeldOutput, HeldTokens, Times
 from .plan import Reuse
 from .site import KVCache, Walk
-
-
-MOST = 3.0  # beyond which nothing is carried on in a straight line; chosen on the editing model
 
 
 @dataclass
@@ -37,7 +34,8 @@ class Branch:
         step: The last solver step in which it was called.
         rows: The rows that the step under way computes, `(B, k)`, or None for all.
         skips: Whether that step computes nothing.
-        levels: The noise levels of the last two steps of all tokens, the last one first.
+        references: `(B, r)` those that walk with the rows, or None for all, or none.
+        reference_times: When each of them was last computed, in noise levels.
     """
 
     tokens: HeldTokens = field(default_factory=HeldTokens)
@@ -47,20 +45,8 @@ class Branch:
     step: int = -1
     rows: Tensor | None = None
     skips: bool = False
-    levels: tuple[float, ...] = ()
-
-    def note_level(self, sigma: float) -> None:
-        """Note that all tokens are computed at a noise level."""
-        self.levels = (sigma, *self.levels)[:2]
-
-    def reference_gain(self, sigma: float) -> float:
-        """How much of their last change is added to keys and values of references.
-
-        They follow the time that the model is told, smoothly, so that a straight line over the
-        noise level serves, `(sigma - sigma_1) / (sigma_1 - sigma_0)`, up to `MOST`.
-        """
-        last, before = self.levels if len(self.levels) == 2 else (0.0, 0.0)
-        return min((sigma - last) / (last - before), MOST) if last != before else 0.0
+    references: Tensor | None = None
+    reference_times: Times = field(default_factory=Times)
 
     @property
     def begun(self) -> bool:
@@ -75,7 +61,7 @@ class Branch:
     def forget(self) -> None:
         """Reuse nothing of what was, and keep the memory for what comes."""
         self.tokens.begun = self.output.begun = False
-        self.step, self.rows, self.skips, self.levels = -1, None, False, ()
+        self.step, self.rows, self.references, self.skips = -1, None, None, False
         for cache in self.caches:
             cache.mask = None
 
@@ -83,7 +69,7 @@ class Branch:
     def held(self) -> list[Tensor]:
         """All that is kept."""
         found = [tensor for cache in self.caches for tensor in cache.tensors]
-        return found + self.tokens.tensors + self.output.tensors
+        return found + self.tokens.tensors + self.output.tensors + self.reference_times.tensors
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ def take(value: Any, rows: Rows, walk: Walk) -> Any:
         return value
     if rows.text and layout.text and count == layout.sequence:
         index = walk.joint
-    elif count not in (layout.tokens, layout.image):
+    elif count == layout.image:
+        index = walk.image
+    elif count != layout.tokens:
         raise ValueError(
             f"there are {count} rows where {layout.image} image tokens were expected"
             + (f", or {layout.sequence} with the text's" if rows.text else "")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from .checks import check_count, shown
+
+ASPECT = 0.1  # how much more oblong a picture may be than the image, by the logarithm
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,22 @@ class Layout:
     def tokens(self) -> int:
         """N, those of the noise."""
         return math.prod(self.grid)
+
+    @cached_property
+    def picture(self) -> tuple[int, tuple[int, int]] | None:
+        """The first picture that is about as oblong as the image: the reference that it begins at,
+        and its sides. None where there is none."""
+        begin = 0
+        for height, width in self.pictures if len(self.grid) == 2 else ():
+            if abs(math.log(height * self.grid[1] / (width * self.grid[0]))) <= ASPECT:
+                return begin, (height, width)
+            begin += height * width
+        return None
+
+    def under(self, count: int) -> int:
+        """How many references walk with so many tokens of the noise, those of the picture there."""
+        whole = 0 if self.picture is None else math.prod(self.picture[1])
+        return -(-count * whole // self.tokens) if whole else 0
 
     @property
     def image(self) -> int:

@@ -215,7 +215,7 @@ class Mount:
         layout: Layout,
         gain: Tensor | None = None,
         *,
-        reference_gain: float = 0.0,
+        reference_gain: Tensor | None = None,
         shared: bool = True,
         whole: bool = False,
         reuse_text: bool = False,
@@ -225,26 +225,30 @@ class Mount:
         Args:
             branch, layout: Of the call.
             gain: See `Walk.gain`.
-            reference_gain: That of all references.
+            reference_gain: `(B, R)` float32, that of keys and values of references.
             shared: Whether rows are the same in all samples.
             whole, reuse_text: See `Walk`.
         """
         family, rows = self.family, branch.rows
         kv_gain = gain
-        if gain is not None and layout.references and not branch.skips:
-            more = gain.new_full((len(gain), layout.references), reference_gain)
-            kv_gain = torch.cat([gain, more], dim=1)
+        if gain is not None and reference_gain is not None:
+            kv_gain = torch.cat([gain, reference_gain], dim=1)
+        image, references = rows, None if rows is None or whole else branch.references
+        if rows is not None and references is not None:
+            image = torch.cat([rows, references + layout.tokens], dim=1)
         return Walk(
             branch.tokens,
             layout,
             rows,
+            references,
             gain,
             kv_gain,
             whole,
             reuse_text=reuse_text and bool(family.text),
             image_first=family.image_first,
             shared=shared or not family.has_tables,
-            joint=None if rows is None else joint_rows(rows, layout, family.image_first),
+            image=None if whole else image,
+            joint=None if image is None else joint_rows(image, layout, family.image_first),
         )
 
     def sessions_of(self, pipe: Any) -> list[Session]:

@@ -27,6 +27,42 @@ from .clock import carried, position
 from .plan import Reuse
 from .tokens import read, room, write
 
+MOST = 3.0  # beyond which nothing is carried on in a straight line; chosen on the editing model
+
+
+class Times:
+    """When tokens were last computed, `(B, N)` of them, and how long before that the last time."""
+
+    def __init__(self) -> None:
+        self.since: Tensor | None = None  # (B, N) float32
+        self.gap: Tensor | None = None  # (B, N) float32, 0 where there was no time before
+
+    def allocate(self, shape: tuple[int, int], device: torch.device) -> None:
+        """Make room, where it was if there is some; `note` of all tokens is what fills it."""
+        self.since = room(self.since, shape, torch.float32, device)
+        self.gap = room(self.gap, shape, torch.float32, device)
+
+    def note(self, rows: Tensor | None, now: float, *, first: bool) -> None:
+        """Note that tokens, `(B, k)` or all, are computed now; `first` if none ever was."""
+        assert self.since is not None and self.gap is not None
+        if first:
+            self.since.fill_(now)
+            return
+        since = read(self.since, rows)  # of all rows itself, so that the gap comes first
+        write(self.gap, rows, now - since)
+        write(self.since, rows, torch.full_like(since, now))
+
+    def line(self, now: float) -> Tensor:
+        """How much of their last change is added in a straight line, `(B, N)`, up to `MOST`."""
+        assert self.since is not None and self.gap is not None
+        ahead = now - self.since
+        return torch.where(self.gap != 0, (ahead / self.gap).clamp(0, MOST), 0.0)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        return [] if self.since is None or self.gap is None else [self.since, self.gap]
+
 
 class HeldTokens:
     """The noise of tokens, `(B, N, C)`, and how each one's was changing.
@@ -38,8 +74,7 @@ class HeldTokens:
     def __init__(self) -> None:
         self._noise: Tensor | None = None
         self._change: Tensor | None = None  # (B, N, C), v1 - v0; at first from nothing to something
-        self._since: Tensor | None = None  # (B, N) float32, t1
-        self._gap: Tensor | None = None  # (B, N) float32, t1 - t0, or 0 if there is no v0
+        self._times: Times | None = None  # t1, and t1 - t0
         self._share: Tensor | None = None  # (B, 1) float32, s, where it is measured
         self.begun = False
         """Whether there is anything to reuse, or will be after the call under way."""
@@ -62,11 +97,11 @@ class HeldTokens:
         self.begun = False
         self._noise = room(self._noise, shape, dtype, device)
         if reuse is Reuse.HELD:
-            self._change = self._since = self._gap = self._share = None
+            self._change = self._times = self._share = None
             return
         self._change = room(self._change, shape, dtype, device)
-        self._since = room(self._since, shape[:2], torch.float32, device)
-        self._gap = room(self._gap, shape[:2], torch.float32, device)
+        self._times = self._times or Times()
+        self._times.allocate(shape[:2], device)
         if reuse is Reuse.CARRIED:
             self._share = None
             return
@@ -96,15 +131,9 @@ class HeldTokens:
             token is carried on.
         """
         begun, self.begun = self.begun, True
-        if self._since is None or self._gap is None:
+        if self._times is None:
             return None
-        now = position(sigma)
-        if begun:
-            since = read(self._since, rows)  # of all rows itself, so that the gap comes first
-            write(self._gap, rows, now - since)
-            write(self._since, rows, torch.full_like(since, now))
-        else:
-            self._since.fill_(now)
+        self._times.note(rows, position(sigma), first=not begun)
         return None if rows is None else self.gain(sigma, extrapolation)
 
     def merge(self, fresh: Tensor, rows: Tensor | None, gain: Tensor | None) -> Tensor:
@@ -133,11 +162,12 @@ class HeldTokens:
 
     def gain(self, sigma: float, extrapolation: float) -> Tensor | None:
         """g of each token at noise level `sigma`, `(B, N)` float32; None if no change is kept."""
-        if self._since is None or self._gap is None:
+        if self._times is None or self._times.since is None or self._times.gap is None:
             return None
         if not extrapolation:
-            return torch.zeros_like(self._gap)
-        ahead, behind = (position(sigma) - self._since).abs(), self._gap.abs()
+            return torch.zeros_like(self._times.gap)
+        ahead = (position(sigma) - self._times.since).abs()
+        behind = self._times.gap.abs()
         gain = carried(ahead, behind, extrapolation)
         # After two predictions at one noise level, as Heun's makes, there is no pace to carry on.
         return torch.where((behind > 0) & (ahead > 0), gain, 0.0)
@@ -145,8 +175,9 @@ class HeldTokens:
     @property
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        kept = (self._noise, self._change, self._since, self._gap, self._share)
-        return [tensor for tensor in kept if tensor is not None]
+        kept = (self._noise, self._change, self._share)
+        times = [] if self._times is None else self._times.tensors
+        return [tensor for tensor in kept if tensor is not None] + times
 
 
 class HeldOutput:

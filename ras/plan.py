@@ -94,17 +94,22 @@ class Plan:
         text_tokens: int = 0,
         *,
         reference_tokens: int = 0,
+        picture_tokens: int = 0,
         reuse_text: bool = False,
     ) -> float:
         """Tokens of a dense run per token of this plan, by all that is in the sequence.
 
         Text walks along in every step that computes anything; with `reuse_text`, in dense ones
-        alone, as references do.
+        alone, as references do, but for `picture_tokens` of them, of which a partial step computes
+        the share that it does of the image's.
         """
         counts = self.counts(num_tokens)
+        under = sum(
+            -(-count * picture_tokens // num_tokens) for count in counts if count < num_tokens
+        )
         dense = sum(count == num_tokens for count in counts)
         with_text = dense if reuse_text else sum(count > 0 for count in counts)
-        computed = sum(counts) + with_text * text_tokens + dense * reference_tokens
+        computed = sum(counts) + with_text * text_tokens + dense * reference_tokens + under
         return len(counts) * (num_tokens + text_tokens + reference_tokens) / computed
 
     def unfit(self, steps: int, here: Mapping[str, Any]) -> str | None:
@@ -234,6 +239,7 @@ def speedup_of(plan: Plan, layout: Layout, config: RASConfig) -> float:
         layout.tokens,
         layout.text,
         reference_tokens=layout.references,
+        picture_tokens=layout.under(layout.tokens),
         reuse_text=config.reuse_text,
     )
 

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .branch import Call, form_of
+from .branch import Branch, Call, form_of
 from .branches import Branches
 from .callers import calling_pipeline
 from .clock import Clock, is_set, read_clock
@@ -27,10 +27,11 @@ from .mount import Mount
 from .others import cache_on
 from .plan import DENSE, SKIP, Reuse, RunPlan
 from .policy.carry import Carry
-from .policy.edits import Edit, original
+from .policy.edits import Edit
 from .policy.learning import Lesson
 from .policy.planner import FEW, plan_run, without_partial_steps
 from .policy.selection import Selection
+from .references import original, references_under
 from .run import Run
 from .slots import StepWatch
 from .stats import Stats, Tally
@@ -209,7 +210,8 @@ class Session:
         skip = call is not None and call.skip
         rows = None if walk is None or skip else walk.active
         stays = skip or (rows is not None and walk is not None and walk.reuse_text)
-        run.tally.count(batch, layout, skip=skip, rows=rows, text_stays=stays)
+        under = 0 if rows is None else layout.under(rows.shape[1])
+        run.tally.count(batch, layout, skip=skip, rows=rows, under=under, text_stays=stays)
         if leads or not run.observed:
             run.family = mount.family
             run.leader = None if call is None else call.branch
@@ -411,9 +413,7 @@ class Session:
             gain = branch.tokens.gain(run.sigma, extrapolation)
         else:
             gain = branch.tokens.expect(branch.rows, run.sigma, extrapolation)
-        reference_gain = branch.reference_gain(run.sigma) if extrapolation else 0.0
-        if branch.rows is None and not branch.skips:
-            branch.note_level(run.sigma)
+        reference_gain = self._references(run, branch, layout, known) if layout.references else None
         walk = mount.walk(
             branch,
             layout,
@@ -424,6 +424,20 @@ class Session:
             reuse_text=self.config.reuse_text,
         )
         return made(walk, partial(family.unpack, transformer=mount.transformer, grid=layout.grid))
+
+    def _references(self, run: Run, branch: Branch, layout: Layout, known: bool) -> Tensor | None:
+        """Decide which references walk in a call, and how keys and values of the others go on."""
+        times, latents = branch.reference_times, branch.tokens.noise
+        if not known:
+            times.allocate((len(latents), layout.references), latents.device)
+        if branch.skips:
+            return None
+        rows = branch.rows
+        branch.references = None if rows is None else references_under(rows, layout)
+        if rows is None or branch.references is not None:
+            times.note(branch.references, run.sigma, first=not known)
+        gain = times.line(run.sigma)
+        return gain if run.planned.extrapolation[run.step] else torch.zeros_like(gain)
 
     def _regions(self, run: Run, mount: Mount) -> bool:
         """Whether a call may have partial steps; each hook and processor is in its place then."""

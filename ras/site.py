@@ -29,6 +29,8 @@ class Walk:
         held: The noise of the branch.
         layout: The tokens of a sample.
         rows: `(B, k)` tokens whose noise is fresh in this step, or None for all.
+        references: `(B, r)` those of the R references that walk with them, or None for all, or for
+            none if there are rows.
         gain: `(B, N)` float32, how much of its last change is added to each image token that does
             not walk, 0 for those that do; or None for nothing.
         kv_gain: `(B, N + R)` float32, the same of keys and values, those of references among them.
@@ -36,19 +38,21 @@ class Walk:
         reuse_text: Whether the text stays behind where image tokens do.
         image_first: Whether the image comes before the text in joint attention.
         shared: Whether the rows of all samples are the same.
-        joint: `(B, T + k)` the rows that walk of the model's joint sequence, its text's included,
-            or None where all do.
+        image: `(B, k + r)` the rows that walk of noise and references, or None where all do.
+        joint: `(B, T + k + r)` those of the model's joint sequence, its text's included.
     """
 
     held: HeldTokens
     layout: Layout
     rows: Tensor | None = None
+    references: Tensor | None = None
     gain: Tensor | None = None
     kv_gain: Tensor | None = None
     whole: bool = False
     reuse_text: bool = False
     image_first: bool = False
     shared: bool = True
+    image: Tensor | None = None
     joint: Tensor | None = None
 
     @property
@@ -118,14 +122,16 @@ class KVCache:
             text: Of the text tokens, `(B, T, G, D)`, if they are attended to with the image and
                 walk in this step.
             walk: How the tokens go.
-            references: Of the reference tokens, `(B, R, G, D)`, where there are any and they walk.
+            references: Of the reference tokens that walk, `(B, r, G, D)` or `(B, R, G, D)`, where
+                there are any.
         """
         key, value = self._kept
         tokens = self._noise_tokens
         image.put(_rows((key, value), 0, tokens), _rows(self._changes, 0, tokens), walk.active)
         if references is not None:
-            span = tokens, tokens + references.key.shape[1]
-            references.put(_rows((key, value), *span), _rows(self._changes, *span), None)
+            span = tokens, tokens + walk.layout.references
+            index = None if walk.active is None else walk.references
+            references.put(_rows((key, value), *span), _rows(self._changes, *span), index)
         if text is not None:
             start = tokens + walk.layout.references
             text.put((key[:, start:], value[:, start:]), None, None)
@@ -191,7 +197,7 @@ class Site:
         text = walk.layout.text if joint else 0
         if walk.active is not None and walk.reuse_text:
             text = 0
-        image = walk.layout.image if walk.active is None else walk.active.shape[1]
+        image = walk.layout.image if walk.image is None else walk.image.shape[1]
         if not query.shape[dim] == key.shape[dim] == text + image:
             return inner(query, key, value, *args, **kw)
         self.reached = True
@@ -262,7 +268,7 @@ def _update(walk: Walk, cache: KVCache, dim: int, fresh: KeyValue, text: int) ->
     rows = [part.transpose(1, dim)[:, :, ::repeats] for part in fresh]  # (B, n, G, D)
     count = rows[0].shape[1] - text
     start = 0 if walk.image_first else text
-    noise = count if walk.active is not None else walk.layout.tokens
+    noise = walk.layout.tokens if walk.active is None else walk.active.shape[1]
     ends = start + noise, start + count
     first_text = start + count if walk.image_first else 0
 
@@ -278,12 +284,12 @@ def _of_queries(mask: Tensor, walk: Walk, joint: bool, text: int) -> Tensor:
     """The rows of a mask that are the queries' that walk, where it has any."""
     if mask.ndim < 4 or mask.shape[-2] == 1:
         return mask
-    rows = walk.joint if joint else walk.active
+    rows = walk.joint if joint else walk.image
     assert rows is not None
     if joint and not text:  # the text stays behind
         start = 0 if walk.image_first else walk.layout.text
-        assert walk.active is not None
-        rows = walk.active + start
+        assert walk.image is not None
+        rows = walk.image + start
     index = rows.long()[:, None, :, None]
     mask = mask.expand(len(rows), *mask.shape[1:])
     return mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))

@@ -140,7 +140,14 @@ class Tally:
     cache_bytes: int = 0
 
     def count(
-        self, batch: int, layout: Layout, *, skip: bool, rows: Tensor | None, text_stays: bool
+        self,
+        batch: int,
+        layout: Layout,
+        *,
+        skip: bool,
+        rows: Tensor | None,
+        under: int,
+        text_stays: bool,
     ) -> None:
         """Note a call of the transformer.
 
@@ -149,6 +156,7 @@ class Tally:
             layout: The tokens of a sample.
             skip: Whether it computes nothing.
             rows: `(B, k)` tokens that walk, or None for all.
+            under: How many references walk with them.
             text_stays: Whether the text tokens do not.
         """
         tokens = layout.tokens
@@ -162,7 +170,8 @@ class Tally:
         self.text["all"] += batch * layout.text
         self.text["computed"] += 0 if text_stays else batch * layout.text
         self.references["all"] += batch * layout.references
-        self.references["computed"] += batch * layout.references * (not skip and rows is None)
+        references = 0 if skip else layout.references if rows is None else under
+        self.references["computed"] += batch * references
 
     def lead(self, step: int | None, *, skip: bool, active: Tensor | None) -> None:
         """Note the first call of a stage.

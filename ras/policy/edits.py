@@ -26,36 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layout import Layout
-
 TIMES, QUANTILE = 3.0, 0.3
 LEAST, MOST = 0.1, 0.35
-ASPECT = 0.1  # how much more oblong a picture may be than the image
 SIZES = 16  # how many sizes of partial steps there may be, that compilers need not see more
-
-
-def original(latents: Tensor, layout: Layout) -> Tensor | None:
-    """The tokens of the picture to edit, `(B, N, C)`, where the image's are.
-
-    It is the first picture that is about as oblong as the image, resampled if it is of another
-    size. None where there is none.
-
-    Args:
-        latents: `(B, N + R, C)`, as the transformer gets them.
-        layout: Of a sample.
-    """
-    begin, (height, width) = layout.tokens, layout.grid[-2:]
-    for sides in layout.pictures if len(layout.grid) == 2 else ():
-        end = begin + math.prod(sides)
-        picture = latents[:, begin:end]
-        begin = end
-        if sides == (height, width):
-            return picture.clone()
-        if abs(math.log(sides[0] * width / (sides[1] * height))) <= ASPECT:
-            image = picture.transpose(1, 2).unflatten(2, sides).float()
-            image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
-            return image.flatten(2).transpose(1, 2).to(picture.dtype)
-    return None
 
 
 class Edit:

@@ -84,7 +84,9 @@ def _of_few(steps: int) -> float:
 def _mask_pays(config: RASConfig, layout: Layout, masked_tokens: int | None) -> bool:
     """Whether partial steps of the masked tokens are worth it, beside dense ones."""
     text = 0 if config.reuse_text else layout.text
-    return masked_tokens is not None and 0 < masked_tokens < MASK_PAYS * layout.sequence - text
+    if not masked_tokens:
+        return False
+    return masked_tokens + layout.under(masked_tokens) < MASK_PAYS * layout.sequence - text
 
 
 def without_partial_steps(
@@ -122,7 +124,7 @@ def _of_least_error(
     model = ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
     if not layout.grid:
         return plan_whole(model, speedup, pinned)
-    if masked_tokens and _mask_pays(config, layout, masked_tokens):
+    if masked_tokens is not None and _mask_pays(config, layout, masked_tokens):
         return plan_masked(
             model,
             speedup,
@@ -177,7 +179,7 @@ def plan_speedup(
         share: Of the image tokens in every partial step; None fits a step to what is left.
         done: What the steps so far have computed; the dense ones are pinned.
     """
-    num_tokens, full = layout.tokens, layout.sequence
+    walking, full = layout.tokens + layout.under(layout.tokens), layout.sequence
     text = 0 if reuse_text else layout.text
     budget = model.steps * full / speedup - _spent(done, layout, text)
     least = len({0, *pinned})
@@ -188,15 +190,15 @@ def plan_speedup(
     rest = budget - count * full
     partial: list[float] = []
     if share is not None:
-        partial = [share] * max(0, round(rest / (share * num_tokens + text)))
+        partial = [share] * max(0, round(rest / (share * walking + text)))
     elif rest >= 1:
         # Where it is too little for a partial step, it makes some with a few of the dense ones.
         for fewer in range(count - least + 1 if rest > 0.01 * budget else 1):
             tokens = fewer * full + rest
-            pieces = int(tokens / (num_tokens + text)) + 1
+            pieces = int(tokens / (walking + text)) + 1
             size = tokens / pieces - text
             if size >= 1 and pieces <= model.steps - count + fewer:
-                each = round(size / num_tokens, 4)
+                each = round(size / walking, 4)
                 count, partial = count - fewer, [each] * pieces
                 break
     dense = model.best(count, pinned)
@@ -226,7 +228,7 @@ def plan_masked(
     """
     num_tokens, full = layout.tokens, layout.sequence
     text = 0 if reuse_text else layout.text
-    partial = (masked_tokens + text) / full
+    partial = (masked_tokens + layout.under(masked_tokens) + text) / full
     must = {0, *pinned}
     budget = max(model.steps / speedup, 1) - _spent(done, layout, text) / full
     free = model.steps - len(model.past)
@@ -246,7 +248,8 @@ def plan_masked(
 
 def _spent(done: Sequence[float], layout: Layout, text: int) -> float:
     """Tokens of the partial steps so far, of which `text` each is of the text."""
-    return sum(share * layout.tokens + text for share in done if SKIP < share < DENSE)
+    walking = layout.tokens + layout.under(layout.tokens)
+    return sum(share * walking + text for share in done if SKIP < share < DENSE)
 
 
 def add_partial(

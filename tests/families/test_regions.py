@@ -1,6 +1,7 @@
 """Partial steps of every family: whole runs, held against the oracle's of the same rows."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from support.zoo import ENTRIES
 import ras
 from ras.families import support
 from ras.policy.selection import Selection
+from ras.references import references_under
+from ras.sessions import session_of
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),
@@ -149,6 +152,7 @@ def with_ras(name, **settings):
         patch.setattr(Selection, "choose", noted)
         latents = call()
         stats = ras.stats(pipe)
+        layout = session_of(pipe).run.planned.layout
     assert stats.warnings == () and stats.plan.shares == PLAN
     steps = [step for step, share in enumerate(PLAN) if 0 < share < 1]
     rows = dict(zip(steps, rows, strict=True))
@@ -156,7 +160,7 @@ def with_ras(name, **settings):
         assert len(latents) == 2 and chosen.dtype == torch.int32
         assert not torch.equal(*chosen) and (chosen.diff() > 0).all()
         assert chosen.shape[1] / rows[2].shape[1] == pytest.approx(PLAN[step] / PLAN[2], rel=0.05)
-    return latents, noises, rows
+    return latents, noises, rows, partial(references_under, layout=layout)
 
 
 def with_oracle(name, rows, **settings):
@@ -174,9 +178,9 @@ def errors(found, name, change=lambda rows: rows, **settings):
 
     `found` is what it gave, and `change` is done to the rows that the oracle is told.
     """
-    latents, noises, rows = found
+    latents, noises, rows, under = found
     rows = {step: change(chosen) for step, chosen in rows.items()}
-    expected, others = with_oracle(name, rows, **settings)
+    expected, others = with_oracle(name, rows, **{"under": under, **settings})
     pairs = [(a[:, : b.shape[1]], b[:, : a.shape[1]]) for a, b in zip(noises, others, strict=True)]
     return [relative_error(a, b) for a, b in [(latents, expected), *pairs]]
 
@@ -231,6 +235,10 @@ class Forgets(Oracle):
         return super().along(numbers, after, text, others)
 
 
+def nothing(rows):
+    """What the oracle is told of references that stay behind."""
+
+
 class OneBranch(Oracle):
     """It takes all calls of a step for the same."""
 
@@ -255,6 +263,7 @@ WRONG = {  # the entry, and what the oracle is told
     "fresh references of FLUX": ("flux-kontext", dict(kind=Forgets)),
     "fresh references of FLUX.2": ("flux2-reference", dict(kind=Forgets)),
     "fresh references of Qwen": ("qwen-edit", dict(kind=Forgets)),
+    "references that stay": ("qwen-edit", dict(under=nothing)),
     "fresh padding": ("z-image-padded", dict(kind=Forgets)),
     "one branch": ("wan", dict(kind=OneBranch)),
     "text last": ("flux", unlike(FLUX, text_first=False)),

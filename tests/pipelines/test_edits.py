@@ -16,6 +16,7 @@ from support.zoo.parts import SIDE, pil, picture, square
 import ras
 from ras.policy import edits
 from ras.policy.selection import Selection
+from ras.references import references_under
 from ras.session import Session
 
 pytestmark = [
@@ -75,14 +76,15 @@ def noted(pipe, call, boxes=SMALL, more=TWO, **settings):
         (session,) = [m for m in pipe.transformer._ras_mount.sessions]
         with mock.patch.object(Selection, "choose", choosing):
             latents = call(STEPS, **more)
-        return latents, rows, ras.stats(pipe)
+        under = partial(references_under, layout=session.run.planned.layout)
+        return latents, rows, ras.stats(pipe), under
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_run(name):
     """Two samples with regions of their own: it is the oracle's, and of the speed-up asked for."""
     settings = dict(speedup=2.5, extrapolation=0.62)
-    latents, rows, stats = noted(*PIPELINES[name](), **settings)
+    latents, rows, stats, under = noted(*PIPELINES[name](), **settings)
     shares = stats.plan.shares
     partial_steps = [step for step, share in enumerate(shares) if 0 < share < 1]
     assert partial_steps == list(rows) and len(rows) >= 2 and min(rows) >= 2
@@ -96,12 +98,12 @@ def test_run(name):
 
     pipe, call = PIPELINES[name]()
     for_oracle = [rows.get(step, None if share else NOBODY) for step, share in enumerate(shares)]
-    by_oracle(pipe, for_oracle, extrapolation=0.62)
+    by_oracle(pipe, for_oracle, extrapolation=0.62, under=under)
     assert relative_error(latents, call(STEPS, **TWO)) < 1e-5
 
 
 def test_an_edit_of_most_of_the_image_is_planned_by_whole_steps():
-    latents, rows, stats = noted(*kontext(), LARGE, speedup=2)
+    latents, rows, stats, _ = noted(*kontext(), LARGE, speedup=2)
     assert rows == {} and stats.steps_sparse == 0 and "whole steps" in str(stats)
     assert stats.speedup_ceiling == pytest.approx(2, rel=0.04)
     pipe, call = kontext()
@@ -110,7 +112,7 @@ def test_an_edit_of_most_of_the_image_is_planned_by_whole_steps():
 
 
 def test_nothing_edited_is_planned_by_whole_steps():
-    _, rows, stats = noted(*kontext(), ((0, 0, 0, 0),) * 2, speedup=2)
+    _, rows, stats, _ = noted(*kontext(), ((0, 0, 0, 0),) * 2, speedup=2)
     assert rows == {} and stats.speedup_ceiling == pytest.approx(2, rel=0.04)
 
 
@@ -221,7 +223,7 @@ def test_what_is_not_edited_stays_to_the_bit(scheduler):
     picture_ = picture_latents(pipe, call)
     with regions(*SMALL), ras.enabled(pipe, speedup=2):
         free = call(STEPS, **TWO)
-    latents, _, stats = noted(pipe, call, speedup=2, preserve=True)
+    latents, _, stats, _ = noted(pipe, call, speedup=2, preserve=True)
     outside = ~stats.edited.flatten(1)
     assert torch.equal(latents[outside], picture_[outside])
     assert not torch.equal(free[outside], picture_[outside])
@@ -247,7 +249,7 @@ def test_what_a_mask_leaves_out_stays():
 def test_whole_runs_preserve_too(settings):
     pipe, call = kontext()
     picture_ = picture_latents(pipe, call)
-    latents, _, stats = noted(pipe, call, preserve=True, **settings)
+    latents, _, stats, _ = noted(pipe, call, preserve=True, **settings)
     outside = ~stats.edited.flatten(1)
     assert torch.equal(latents[outside], picture_[outside])
 

@@ -140,19 +140,28 @@ class Oracle:
     """A transformer that keeps noise, keys and values of its tokens from call to call.
 
     `model` must be untouched while it is called; the settings are those of `RASConfig`. `tokens` is
-    what `FAMILIES` has of the model.
+    what `FAMILIES` has of the model, and `under` makes of the tokens that walk, `(samples, k)`,
+    those of what follows that walk with them, `(samples, r)`.
 
     A layer's keys and values are kept if it attends from as many tokens as it attends to and the
     image is among them, which is told by their number: let there be fewer of text than of image.
     """
 
-    def __init__(self, model, extrapolation=0.0, kv_correction=True, reuse_text=False, tokens=None):
+    def __init__(
+        self,
+        model,
+        extrapolation=0.0,
+        kv_correction=True,
+        reuse_text=False,
+        tokens=None,
+        under=lambda rows: None,
+    ):
         self.forward = model.forward
         self.tokens = tokens or FAMILIES[type(model).__name__]
         size = model.config.get("patch_size", 2)
         self.patch = size if isinstance(size, int) else size[-1]
         self.extrapolation, self.kv_correction = extrapolation, kv_correction
-        self.reuse_text = reuse_text
+        self.reuse_text, self.under = reuse_text, under
         self.kept, self.times, self.levels = {}, {}, {}
 
     def __call__(self, rows, sigma, *args, branch=0, **inputs):
@@ -173,8 +182,12 @@ class Oracle:
         if rows is not None:
             active.scatter_(1, rows.long().repeat(batch // len(rows), 1), True)
         gains = self.note(branch, position(sigma), active)
-        behind = self.behind(branch, sigma, rows is None)
-        walking = rows is None, rows is None or not self.reuse_text  # what follows, and the text
+        under = None if rows is None else self.under(rows)
+        walks = torch.full((batch, after), rows is None)
+        if under is not None:
+            walks.scatter_(1, under.long().repeat(batch // len(under), 1), True)
+        behind = self.behind(branch, sigma, walks)
+        walking = walks, rows is None or not self.reuse_text  # what follows, and the text
         attend = self.attention(branch, active, gains, after, walking, behind)
         # diffusers' dispatch_attention_fn ends there, too
         with nullcontext() if skipped else patch.object(F, "scaled_dot_product_attention", attend):
@@ -191,17 +204,17 @@ class Oracle:
         grid = self.tokens.grid(latents[0], inputs, self.patch)
         return len(latents), grid, self.tokens.after(latents[0], math.prod(grid))
 
-    def behind(self, branch, sigma, whole):
-        """Return the share of its last change that goes on of what follows the noise.
+    def behind(self, branch, sigma, walks):
+        """Note which of what follows the noise walks; return the share of the others' last change.
 
-        A straight line over the noise level through the last two steps of all tokens.
+        It goes on in a straight line over the noise level, up to three times as far.
         """
-        last, before = self.levels.get(branch, (sigma, sigma))
-        if whole:
-            self.levels[branch] = sigma, last if branch in self.levels else sigma
-        if whole or not self.extrapolation or last == before:
-            return 0
-        return min((sigma - last) / (last - before), 3)
+        since, gap = self.levels.get(branch, (torch.full(walks.shape, float(sigma)), 0.0))
+        gap = torch.where(walks, sigma - since, gap)
+        since = torch.where(walks, float(sigma), since)
+        self.levels[branch] = since, gap
+        share = torch.where(gap != 0, ((sigma - since) / gap).clamp(0, 3), 0.0)
+        return share if self.extrapolation else torch.zeros_like(share)
 
     def attention(self, branch, active, gains, after, walking, behind):
         """Return what stands in for PyTorch's attention in a call.
@@ -233,7 +246,10 @@ class Oracle:
     def along(self, numbers, after, text, others=(0, 0)):
         """Lay out numbers as keys are: of noise, `others` of what follows it and of the text."""
         counts = after, text
-        parts = [numbers, *(numbers.new_full((len(numbers), n), x) for n, x in zip(counts, others))]
+        parts = [
+            numbers,
+            *(numbers.new_full((len(numbers), n), 1) * x for n, x in zip(counts, others)),
+        ]
         parts = [parts[2], *parts[:2]] if self.tokens.text_first else parts
         return torch.cat(parts, 1)[:, None, :, None]
 
