@@ -29,7 +29,7 @@ from .plan import DENSE, SKIP, Reuse, RunPlan
 from .policy.carry import Carry
 from .policy.edits import Edit
 from .policy.learning import Lesson
-from .policy.planner import FEW, plan_run, without_partial_steps
+from .policy.planner import FEW, mask_pays, plan_run, without_partial_steps
 from .policy.selection import Selection
 from .references import original, references_under
 from .run import Run
@@ -559,7 +559,9 @@ class Session:
             done = run.planned.plan.shares[: run.step + (run.stage % run.clock.order > 0)]
             layout = run.planned.layout
             here = self._here(layout)
-            run.planned = plan_run(self.config, run.clock, layout, edit.count, here, done)
+            pays = mask_pays(self.config, layout, edit.count)
+            count = edit.count if pays else None
+            run.planned = plan_run(self.config, run.clock, layout, count, here, done)
         if run.masked is not None:
             return
         if isinstance(sample, Tensor) and run.family is not None:
@@ -568,7 +570,8 @@ class Session:
             if [each.shape for each in tokens] == [edit.shape] * 2:
                 edit.observe(tokens[0], tokens[1], sigma)
         if run.selection is not None and edit.count is not None:
-            run.selection.masked = edit.choose()
+            pays = mask_pays(self.config, run.planned.layout, edit.count)
+            run.selection.masked = edit.choose() if pays else None
 
     def _preserve(self, run: Run, edit: Edit, output: Any) -> None:
         """Have the last step return the picture's latents where nothing is edited."""

@@ -27,7 +27,7 @@ from ..denoisers import transformers_of
 from ..files import read_json, write_text
 from ..fingerprint import GUIDANCE, differences, of_call, of_model, of_run, of_weights, plain
 from ..layout import Layout
-from ..plan import DENSE, SKIP, Plan
+from ..plan import DENSE, SKIP, Plan, speedup_of
 from ..run import Run
 from ..sessions import session_of
 from ..slots import StepWatch
@@ -162,8 +162,7 @@ def calibrate(
         return Plan(shares) if best[1].extrapolation is None else fitted(shares)
 
     def meets(plan: tuple[float, ...]) -> bool:
-        tokens, text = layout.tokens, layout.text
-        reached = Plan(plan).speedup(tokens, text, reuse_text=config.reuse_text)
+        reached = speedup_of(Plan(plan), layout, config)
         return abs(reached / speedup - 1) <= TOLERANCE or not layout.grid
 
     first = usual, Plan(start.shares), fitted(usual.shares), fitted(start.shares)
@@ -262,7 +261,8 @@ def neighbours(
             continue
         for size in sizes:
             text = 0 if reuse_text else layout.text
-            count = round((layout.tokens + layout.text) / (size * layout.tokens + text))
+            walking = size * (layout.tokens + layout.under(layout.tokens))
+            count = round(layout.sequence / (walking + text))
             plan = list(shares)
             plan[step] = size
             free = sorted(

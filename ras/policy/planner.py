@@ -53,7 +53,7 @@ def plan_run(
         plan = _with_mask(plan, config, masked_tokens, layout)
         complaints += [] if complaint is None else [complaint]
     else:
-        few = steps < FEW and not _mask_pays(config, layout, masked_tokens)
+        few = steps < FEW and not mask_pays(config, layout, masked_tokens)
         usual = _of_few(steps) if few else DEFAULT_SPEEDUP
         speedup = usual if config.speedup is None else config.speedup
         if given is not None:
@@ -81,7 +81,7 @@ def _of_few(steps: int) -> float:
     return steps / (steps - 1) if steps >= 6 else 1.0
 
 
-def _mask_pays(config: RASConfig, layout: Layout, masked_tokens: int | None) -> bool:
+def mask_pays(config: RASConfig, layout: Layout, masked_tokens: int | None) -> bool:
     """Whether partial steps of the masked tokens are worth it, beside dense ones."""
     text = 0 if config.reuse_text else layout.text
     if not masked_tokens:
@@ -124,7 +124,7 @@ def _of_least_error(
     model = ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
     if not layout.grid:
         return plan_whole(model, speedup, pinned)
-    if masked_tokens is not None and _mask_pays(config, layout, masked_tokens):
+    if masked_tokens is not None and mask_pays(config, layout, masked_tokens):
         return plan_masked(
             model,
             speedup,
