@@ -17,6 +17,7 @@ from .policy.learning import Learned, as_learned
 DEFAULT_SPEEDUP = 2.0
 PAPER_START, PAPER_RESETS = 4, (12, 20)  # for Stable Diffusion 3 in 28 steps
 SELECTIONS = ("drift", *METRICS)
+EDITED = "edited"  # the sample_ratio of what an edit changes
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class RASConfig:
             another number of steps is planned anew for the same speed-up.
         sample_ratio: Share of the image tokens that a partial step computes, in (0, 1].
             `int((1 - sample_ratio) * N)` of N tokens are dropped in the paper's schedule.
+            `"edited"` is that of the regions that an edit changes, as far as the run has shown
+            them, in that schedule; without a picture to edit all steps are dense.
         error_reset_steps: Steps in which all tokens are computed, which ends the drift of what
             was reused. Whole numbers are steps; those beyond the end of a run are ignored.
             Fractions in (0, 1) are shares of the run: step `int(fraction * steps)`.
@@ -81,7 +84,7 @@ class RASConfig:
 
     speedup: float | None = None
     plan: Plan | None = None
-    sample_ratio: float | None = None
+    sample_ratio: float | str | None = None
     error_reset_steps: tuple[int | float, ...] | None = None
     scheduler_start_step: int | None = None
     scheduler_end_step: int | None = None
@@ -112,9 +115,15 @@ class RASConfig:
                     "plan says what each step computes; leave out speedup and sample_ratio"
                 )
             object.__setattr__(self, "plan", as_plan(self.plan))
-        if self.sample_ratio is not None:
+        if self.sample_ratio == EDITED:
+            if self.speedup is not None:
+                raise ValueError(
+                    f"sample_ratio={EDITED!r} is a schedule; leave out speedup, or sample_ratio, "
+                    "as a plan for a speed-up takes edits into account by itself"
+                )
+        elif self.sample_ratio is not None:
             check_number("sample_ratio", self.sample_ratio)
-            if not 0 < self.sample_ratio <= 1:
+            if isinstance(self.sample_ratio, str) or not 0 < self.sample_ratio <= 1:
                 raise ValueError(
                     f"sample_ratio must be in (0, 1], got {shown(self.sample_ratio)}; 1 computes "
                     "all tokens"
@@ -184,6 +193,45 @@ class RASConfig:
             extrapolation=0.0,
             kv_correction=False,
             reuse_text=False,
+        )
+        return cls(**(settings | overrides))
+
+    @classmethod
+    def regione(cls, **overrides: Any) -> RASConfig:
+        """What can be said here of RegionE (arXiv 2510.25590), for edits in 28 steps.
+
+        Six steps are dense, which tell what is edited; what is not goes on in a straight line, and
+        the regions that are take all steps over cached keys and values, the text's among them, but
+        for a dense one in the middle and two at the end. Left out are its cache of velocities in
+        edited regions, and references behind these, which walk here.
+        """
+        settings: dict[str, Any] = dict(
+            sample_ratio=EDITED,
+            scheduler_start_step=6,
+            scheduler_end_step=25,
+            error_reset_steps=(16,),
+            extrapolation=0.0,
+            kv_correction=False,
+            reuse_text=True,
+        )
+        return cls(**(settings | overrides))
+
+    @classmethod
+    def spotedit(cls, **overrides: Any) -> RASConfig:
+        """What can be said here of SpotEdit (arXiv 2512.22323), for edits in 28 steps.
+
+        Four steps are dense, which tell what is edited; what is not ends as the picture, and the
+        regions that are take all other steps over cached keys and values, but for a dense one now
+        and then. Left out are its perceptual score, for which latents serve here, and the mixing of
+        cached keys and values with those of the picture.
+        """
+        settings: dict[str, Any] = dict(
+            sample_ratio=EDITED,
+            scheduler_start_step=4,
+            error_reset_steps=(10, 16, 22),
+            extrapolation=0.0,
+            kv_correction=False,
+            preserve=True,
         )
         return cls(**(settings | overrides))
 

@@ -18,7 +18,7 @@ from .branch import Branch, Call, form_of
 from .branches import Branches
 from .callers import calling_pipeline
 from .clock import Clock, is_set, read_clock
-from .config import RASConfig
+from .config import EDITED, RASConfig
 from .denoisers import transformers_of
 from .fingerprint import of_model, of_run
 from .layout import Layout
@@ -70,7 +70,7 @@ class Session:
         self.run: Run | None = None
         self.mask = None if mask is False else mask
         self._watches_mask = mask is None and hasattr(pipe, "prepare_mask_latents")
-        self._follows_edits = mask is None and is_planned_by_speedup(config)
+        self._follows_edits = mask is None and _plans_by_edits(config)
         self._mask_watch: MaskWatch | None = None
         self._scheduler = weakref.ref(scheduler if pipe is None else pipe.scheduler)
         self._pipe = None if pipe is None else weakref.ref(pipe)
@@ -272,7 +272,8 @@ class Session:
     def _may_follow_edit(self, planned: RunPlan, clock: Clock, masked: Tensor | None) -> bool:
         """Whether a run's regions may be those that it is going to change of a picture."""
         pictures = self._follows_edits and masked is None and bool(planned.layout.pictures)
-        return pictures and clock.prediction == "flow" and not planned.dense
+        waits = self.config.sample_ratio == EDITED or not planned.dense
+        return pictures and clock.prediction == "flow" and waits
 
     def _edit(self, run: Run, mount: Mount, layout: Layout, latents: Any) -> Edit | None:
         """What an edit is told by, at the first call of a run."""
@@ -371,7 +372,7 @@ class Session:
         dtype = _compute_dtype(latents)
         ordinal = run.calls[form]
         run.calls[form] += 1
-        if run.planned.dense or not run.observed:
+        if (run.planned.dense and not run.follows_edit) or not run.observed:
             return None
         calls = run.calls.total()
         if ordinal >= MOST_CALLS[0] or calls > MOST_CALLS[1]:
@@ -656,15 +657,16 @@ def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:
     """The setting that asks for partial steps, if any does."""
     if isinstance(mask, Tensor):
         return "mask="
-    if config.sample_ratio is not None and config.sample_ratio < 1:
+    if config.sample_ratio not in (None, 1):
         return "sample_ratio="
     shares = () if config.plan is None else config.plan.shares
     return "plan=" if any(SKIP < share < DENSE for share in shares) else None
 
 
-def is_planned_by_speedup(config: RASConfig) -> bool:
-    """Whether plans are ours to make."""
-    return config.plan is None and (config.speedup is not None or config.sample_ratio is None)
+def _plans_by_edits(config: RASConfig) -> bool:
+    """Whether what is edited counts for plans."""
+    asked = config.speedup is not None or config.sample_ratio in (None, EDITED)
+    return config.plan is None and asked
 
 
 def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:

@@ -19,7 +19,7 @@ def paper_plan(config: RASConfig, num_steps: int, num_tokens: int) -> tuple[Plan
         The plan, and what to warn of if it leaves nothing out.
     """
     ratio, first, last = config.sample_ratio, config.scheduler_start_step, num_steps - 1
-    assert ratio is not None
+    assert isinstance(ratio, float | int)
     first = PAPER_START if first is None else first
     end = last if config.scheduler_end_step is None else min(config.scheduler_end_step, last)
     given = config.error_reset_steps

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..clock import EXTRAPOLATION, Clock
-from ..config import DEFAULT_SPEEDUP, RASConfig
+from ..config import DEFAULT_SPEEDUP, EDITED, RASConfig
 from ..layout import Layout
 from ..plan import DENSE, SKIP, Plan, RunPlan, speedup_of
 from .error_model import ErrorModel, brownian, covariance
@@ -20,6 +20,7 @@ FEW = 12  # steps, below which little is reused, see `plan_run` and `ras.policy.
 FEWEST = 10  # steps, below which what is left out is spread by `brownian`, and evenly: `covariance`
 # favours the first steps, and left so much to them that 2x in 4 steps was 8 dB worse
 PARTIALS = 2  # for each dense step, under a mask
+PARTIALS_OF_EDITS = 0.5  # the same beside a picture, whose part that stays behind goes stale
 
 
 @functools.lru_cache(maxsize=64)  # a plan takes longer than it should before each of many runs
@@ -49,7 +50,12 @@ def plan_run(
     if given is not None and unfit is None:
         plan = _with_mask(given, config, masked_tokens, layout)
     elif given is None and config.speedup is None and config.sample_ratio is not None:
-        plan, complaint = paper_plan(config, steps, layout.tokens)
+        schedule = config
+        if config.sample_ratio == EDITED:  # dense until it is known what that is
+            share = 1.0 if masked_tokens is None else max(masked_tokens, 1) / layout.tokens
+            schedule = replace(config, sample_ratio=share)
+        plan, complaint = paper_plan(schedule, steps, layout.tokens)
+        plan = replace(plan, shares=(*done, *plan.shares[len(done) :]))
         plan = _with_mask(plan, config, masked_tokens, layout)
         complaints += [] if complaint is None else [complaint]
     else:
@@ -84,8 +90,8 @@ def _of_few(steps: int) -> float:
 def mask_pays(config: RASConfig, layout: Layout, masked_tokens: int | None) -> bool:
     """Whether partial steps of the masked tokens are worth it, beside dense ones."""
     text = 0 if config.reuse_text else layout.text
-    if not masked_tokens:
-        return False
+    if not masked_tokens or config.sample_ratio == EDITED:
+        return bool(masked_tokens)
     return masked_tokens + layout.under(masked_tokens) < MASK_PAYS * layout.sequence - text
 
 
@@ -140,7 +146,7 @@ def _of_least_error(
         layout,
         reuse_text=config.reuse_text,
         pinned=pinned,
-        share=config.sample_ratio,
+        share=None if isinstance(config.sample_ratio, str) else config.sample_ratio,
         done=done,
     )
     return _with_mask(plan, config, masked_tokens, layout)
@@ -220,7 +226,7 @@ def plan_masked(
     masked_tokens: int,
     done: Sequence[float] = (),
 ) -> Plan:
-    """The plan for a mask: up to two partial steps, of the masked tokens, for a dense one.
+    """The plan for a mask: partial steps of the masked tokens, and dense ones.
 
     Dense steps keep the context fresh, which alone matters beside the mask; both kinds of step
     fall where as many dense ones would. Of `done`, which the budget has paid for, dense steps are
@@ -232,7 +238,8 @@ def plan_masked(
     must = {0, *pinned}
     budget = max(model.steps / speedup, 1) - _spent(done, layout, text) / full
     free = model.steps - len(model.past)
-    count = max(int(budget / (1 + PARTIALS * partial)), len(must))
+    partials = PARTIALS if layout.picture is None else PARTIALS_OF_EDITS
+    count = max(int(budget / (1 + partials * partial)), len(must))
     # Where there are not steps enough for so many partial ones, more are dense, if there is room.
     room = budget - partial
     while count + 1 < room and count + round((budget - count) / partial) > free:

@@ -201,6 +201,45 @@ def test_the_host_reads_a_step_late(monkeypatch):
     assert events[:4] == ["step", "seen", "step", "read"] and events.count("read") == 1
 
 
+# --- papers' schedules ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paper", [ras.RASConfig.regione, ras.RASConfig.spotedit])
+@pytest.mark.parametrize("name", ["kontext", "qwen, two pictures of unlike shape"])
+def test_the_schedule_of_a_paper(paper, name):
+    """Regions are computed in all steps but those that are dense; it is the oracle's run."""
+    config = paper(scheduler_start_step=3, error_reset_steps=(7,), preserve=False)
+    latents, rows, stats, under = noted(*PIPELINES[name](), config=config)
+    end = config.scheduler_end_step or STEPS
+    assert list(rows) == [step for step in range(3, STEPS) if step != 7 and step <= end]
+    assert {chosen.shape for chosen in rows.values()} == {(2, 8)}
+    assert stats.steps_dense == STEPS - len(rows)
+    pipe, call = PIPELINES[name]()
+    by_oracle(
+        pipe,
+        [rows.get(step) for step in range(STEPS)],
+        kv_correction=False,
+        reuse_text=config.reuse_text,
+        under=under,
+    )
+    assert relative_error(latents, call(STEPS, **TWO)) < 1e-5
+
+
+def test_the_schedule_of_a_paper_without_a_picture():
+    pipe, call = ENTRIES["flux"].build()
+    dense = call(STEPS)
+    with ras.enabled(pipe, sample_ratio="edited"):
+        assert torch.equal(call(STEPS), dense)
+
+
+@pytest.mark.parametrize("ratio", ["edit", "", 0, 1.5, True, "0.5"])
+def test_other_ratios_are_refused(ratio):
+    with pytest.raises((TypeError, ValueError), match="sample_ratio"):
+        ras.RASConfig(sample_ratio=ratio)
+    with pytest.raises(ValueError, match="leave out speedup"):
+        ras.RASConfig(sample_ratio="edited", speedup=2)
+
+
 # --- preserve -------------------------------------------------------------------------------------
 
 
