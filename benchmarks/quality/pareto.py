@@ -50,10 +50,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import ras
-from ras.cli.runs import clock
 from ras.cli.info import version
 from ras.cli.loading import DTYPES
 from ras.cli.options import number
+from ras.cli.runs import clock
 from ras.fingerprint import differences, plain
 
 from ..commands import COUNT, STEP, as_command

@@ -36,8 +36,8 @@ from typing import Any, NamedTuple
 import torch
 
 import ras
-from ras.cli.runs import clock
 from ras.cli.loading import DTYPES
+from ras.cli.runs import clock
 
 from ..commands import COUNT, DURATION, SHARE, SPEEDUP, STEP, as_command
 from ..tables import NOT_MEASURED, grid

@@ -11,7 +11,7 @@ from support.runs import by_oracle
 from support.zoo import ENTRIES
 from support.zoo.flux import flux2, flux_with_vae
 from support.zoo.packed import qwen_edit
-from support.zoo.parts import SIDE, pil, picture, square
+from support.zoo.parts import SIDE, picture, pil, square
 
 import ras
 from ras.policy import edits

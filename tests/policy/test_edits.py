@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ras.layout import Layout
 from ras.policy import edits
 from ras.policy.edits import Edit, edited
-from ras.references import original, references_under
+from ras.references import original
 
 GRID = 8, 8
 
