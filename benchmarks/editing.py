@@ -67,9 +67,10 @@ def settings(pipe: Any) -> list[Setting]:
     def ours(method: str, label: str, *given: Any, **options: Any) -> Setting:
         return Setting(method, label, STEPS, lambda pipe: ras.enabled(pipe, *given, **options))
 
-    found = [
-        each for each in rivals.settings(pipe, lambda pipe: None) if each.method.startswith(RIVALS)
-    ]
+    found = []
+    for _, each in itertools.groupby(rivals.settings(pipe, lambda pipe: None), _method):
+        line = list(each)
+        found += line[:: 1 if len(line) < 5 else 2] if line[0].method.startswith(RIVALS) else []
     found.append(Setting("references behind", "", STEPS, references_behind))
     regione, spotedit = ras.RASConfig.regione, ras.RASConfig.spotedit
     papers = {
@@ -150,7 +151,7 @@ def measure(pipe: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
                     "method": method.method,
                     "label": method.label,
                     "speedup": seconds / taken,
-                    "compute": ceiling or STEPS / method.steps,
+                    "compute": ceiling or (STEPS / method.steps if method.steps < STEPS else None),
                     "psnr": psnr(image, truth).clamp(max=PEAK).item(),
                     "inside": near,
                     "asked": bool(right.all()),
@@ -209,8 +210,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             [
                 method,
                 label,
-                f"{_speed(mine):.2f}",
-                f"{statistics.median(row['compute'] for row in mine):.2f}",
+                f"{_middle(mine, 'speedup'):.2f}",
+                "" if mine[0]["compute"] is None else f"{_middle(mine, 'compute'):.2f}",
                 f"{mean('psnr'):.1f} ± {interval:.1f}",
                 f"{mean('inside'):.1f}",
                 f"{mean('asked'):.0%}",
@@ -226,7 +227,7 @@ def at_equal_time(rows: list[dict[str, Any]]) -> str:
     """Each method on the line between its settings, in the logarithm of the speed-up."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for (method, _), mine in by_setting(rows).items():
-        lines.setdefault(method, []).append((_speed(mine), _mean(mine, "psnr")))
+        lines.setdefault(method, []).append((_middle(mine, "speedup"), _mean(mine, "psnr")))
     found = []
     for method, points in lines.items():
         speeds, values = map(np.array, zip(*sorted(points)))
@@ -245,8 +246,12 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float:
     return statistics.mean(row[name] for row in rows)
 
 
-def _speed(rows: list[dict[str, Any]]) -> float:
-    return statistics.median(row["speedup"] for row in rows)
+def _middle(rows: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(row[name] for row in rows)
+
+
+def _method(setting: Setting) -> str:
+    return setting.method
 
 
 if __name__ == "__main__":
