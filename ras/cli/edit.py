@@ -34,8 +34,8 @@ PICTURE = "a large yellow circle, left, and a small red star, bottom right, on a
 def main(options: argparse.Namespace) -> None:
     """Edit the picture, write what came of it and print what was measured."""
     config = ras.RASConfig(options.speedup, preserve=options.preserve)
-    picture = _read(options.image) if options.image else _drawn(options)
     mask = None if options.mask is None else _read(options.mask).convert("L")
+    picture = _read(options.image) if options.image else _drawn(options)
     pipe = load(options, ras.bundled_model("edit"))
     _check(pipe)
     call: dict[str, Any] = {"prompt": options.instruction}

@@ -41,6 +41,8 @@ NONSENSE = {
 SENSE = {
     # option: what of that makes sense there
     "prompt": NONSENSE.keys() - {"nothing", "a space", "no UTF-8"},
+    "instruction": NONSENSE.keys() - {"nothing", "a space", "no UTF-8"},
+    "--picture": NONSENSE.keys() - {"nothing", "a space", "no UTF-8"},
     "--negative-prompt": NONSENSE.keys() - {"nothing", "a space", "no UTF-8"},
     "--seed": {"zero"},
     "--speedup": set(),
@@ -76,28 +78,37 @@ def options_of(command):
 
 
 def test_every_command_is_told_of():
-    assert options_of(None).keys() == {"generate", "models", "info"}
+    assert options_of(None).keys() == {"generate", "edit", "models", "info"}
     assert options_of("models").keys() == options_of("info").keys() == {"--help"}
-    assert SENSE.keys() <= options_of("generate").keys()
+    assert SENSE.keys() <= options_of("generate").keys() | options_of("edit").keys()
 
 
-def valued():
-    return [name for name, action in options_of("generate").items() if action.nargs != 0]
+def valued(command):
+    return [name for name, action in options_of(command).items() if action.nargs != 0]
 
 
-@pytest.mark.parametrize("option", valued())
-def test_nonsense_for_an_option(option, here, monkeypatch, capsys):
+GIVEN = {"generate": ["a ring"], "edit": ["make it red"]}
+
+
+@pytest.mark.parametrize(
+    "command, option", [(command, option) for command in GIVEN for option in valued(command)]
+)
+def test_nonsense_for_an_option(command, option, here, monkeypatch, capsys):
     """One line and status 2, or it is taken; nothing is written, and there is no traceback."""
     before = sorted(here.rglob("*"))
 
     def reached(*_):
         raise Reached
 
-    monkeypatch.setattr(cli.generate, "load", reached)
+    monkeypatch.setattr(getattr(cli, command), "load", reached)
     for kind, value in NONSENSE.items():
-        arguments = ["--", value] if option == "prompt" else ["a ring", f"{option}={value}"]
+        arguments = [*GIVEN[command], f"{option}={value}"]
+        if option in ("prompt", "instruction"):
+            arguments = ["--", value]
+        elif option == "image":
+            arguments = ["--", value, *GIVEN[command]]
         try:
-            status = cli.main(["generate", *arguments])
+            status = cli.main([command, *arguments])
         except Reached:
             assert kind in SENSE.get(option, ()), f"{kind} is taken"
             continue
