@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import ras
+from benchmarks import editing
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measure
 from benchmarks.kernels.jobs import JOBS, LUMINA, SD3, prepare
@@ -216,6 +217,39 @@ def test_inpainting(capsys, monkeypatch):
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["mask, 2x"]["compute"] == pytest.approx(2, rel=0.05)
     assert all(10 < row["psnr"] < 100 for row in rows.values())
+
+
+def test_editing(tmp_path, capsys, monkeypatch):
+    """A row for each method and edit, of the kinds of edit apart; rivals' lines, and ours."""
+    monkeypatch.setattr(editing, "STEPS", 8)
+    monkeypatch.setattr(editing, "SPEEDUPS", (1.5, 2.0))
+    path = tmp_path / "rows.json"
+    methods = ["references", "SpotEdit", "whole", "RAS"]
+    editing.main(["--count", "2", "--methods", *methods, "--out", str(path)])
+    out, rows = capsys.readouterr().out, json.loads(path.read_text())
+    assert len(rows) == 2 * (1 + 1 + 2 + 2 + 2)
+    assert {row["method"] for row in rows} == {
+        "dense",
+        "references behind",
+        *methods[1:2],
+        "RAS",
+        "whole steps",
+    }
+    for row in rows:
+        assert row["kind"] in editing.KINDS and 0 < row["share"] <= 1
+        assert row["psnr"] == editing.PEAK if row["method"] == "dense" else row["psnr"] > 0
+        assert (row["speedup"] > 0 and row["compute"] is None) or row["compute"] >= 1
+    ours = [row["compute"] for row in rows if row["label"] == "2x"]
+    assert ours == pytest.approx([2] * 4, rel=0.1)
+    assert "at equal wall time" in out and "references behind" in out
+
+
+def test_the_region_of_an_edit():
+    before = torch.zeros(1, 3, 256, 256)
+    after = before.clone()
+    after[:, 1, 16:33, 250] = 1
+    (found,) = editing.region_of(before, after)
+    assert found[0].nonzero().tolist() == [[1, 15], [2, 15]]
 
 
 def test_a_square_mask_stays_inside():

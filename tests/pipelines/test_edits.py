@@ -8,7 +8,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from support.oracle import NOBODY, relative_error
 from support.runs import by_oracle
-from support.zoo import ENTRIES
+from support.zoo import ENTRIES, flux, packed
 from support.zoo.flux import flux2, flux_with_vae
 from support.zoo.packed import qwen_edit
 from support.zoo.parts import SIDE, picture, pil, square
@@ -63,7 +63,7 @@ SMALL = (1, 2, 2, 3), (4, 4, 2, 2)  # of two samples
 LARGE = (0, 0, 8, 8), (4, 4, 2, 2)
 
 
-def noted(pipe, call, boxes=SMALL, more=TWO, **settings):
+def noted(pipe, call, boxes=SMALL, more=TWO, steps=STEPS, **settings):
     """Latents, the rows of each partial step by step, and the statistics of a run."""
     rows, choose = {}, Selection.choose
 
@@ -75,7 +75,7 @@ def noted(pipe, call, boxes=SMALL, more=TWO, **settings):
     with regions(*boxes), ras.enabled(pipe, **settings):
         (session,) = [m for m in pipe.transformer._ras_mount.sessions]
         with mock.patch.object(Selection, "choose", choosing):
-            latents = call(STEPS, **more)
+            latents = call(steps, **more)
         under = partial(references_under, layout=session.run.planned.layout)
         return latents, rows, ras.stats(pipe), under
 
@@ -100,6 +100,32 @@ def test_run(name):
     for_oracle = [rows.get(step, None if share else NOBODY) for step, share in enumerate(shares)]
     by_oracle(pipe, for_oracle, extrapolation=0.62, under=under)
     assert relative_error(latents, call(STEPS, **TWO)) < 1e-5
+
+
+HEADS = dict(num_attention_heads=24, attention_head_dim=128)
+WIDE = {  # as the published models are, of a layer of each kind
+    "kontext": (flux.FLUX, HEADS | dict(axes_dims_rope=(16, 56, 56))),
+    "qwen, two pictures of unlike shape": (packed.QWEN, HEADS | dict(axes_dims_rope=(16, 56, 56))),
+    "FLUX.2, a small picture": (
+        flux.FLUX,
+        HEADS | dict(num_attention_heads=48, axes_dims_rope=(32,) * 4, num_layers=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_run_at_true_width(name):
+    """What the published models have of heads and of channels in them, with one layer."""
+    config, width = WIDE[name]
+    layers = {f"num_{kind}layers": 1 for kind in ("", "single_") if f"num_{kind}layers" in config}
+    with mock.patch.dict(config, {**layers, **width}):
+        pipe, call = PIPELINES[name]()
+    latents, rows, stats, under = noted(pipe, call, steps=6, speedup=2, extrapolation=0.625)
+    assert stats.steps_sparse == len(rows) > 0
+    shares = stats.plan.shares
+    for_oracle = [rows.get(step, None if share else NOBODY) for step, share in enumerate(shares)]
+    by_oracle(pipe, for_oracle, extrapolation=0.625, under=under)
+    assert relative_error(latents, call(6, **TWO)) < 1e-5
 
 
 def test_an_edit_of_most_of_the_image_is_planned_by_whole_steps():

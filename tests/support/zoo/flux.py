@@ -123,7 +123,7 @@ def flux2_vae():
 def flux2(name="Flux2Pipeline", guidance=True, negative=False, **inputs):
     transformer = model(
         "Flux2Transformer2DModel",
-        **{**FLUX, "axes_dims_rope": (4, 4, 4, 4)},
+        **{**FLUX, "axes_dims_rope": (FLUX["attention_head_dim"] // 4,) * 4},
         timestep_guidance_channels=32,
         guidance_embeds=guidance,
     )
