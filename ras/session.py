@@ -11,27 +11,26 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .branch import Branch, Call, form_of
 from .branches import Branches
 from .callers import calling_pipeline
 from .clock import Clock, is_set, read_clock
-from .config import EDITED, RASConfig
+from .config import RASConfig
 from .denoisers import transformers_of
 from .fingerprint import of_model, of_run
+from .follow import begin, counts_edits, follow, may_follow, preserve
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
 from .others import cache_on
 from .plan import DENSE, SKIP, Reuse, RunPlan
 from .policy.carry import Carry
-from .policy.edits import Edit
 from .policy.learning import Lesson
-from .policy.planner import FEW, mask_pays, plan_run, without_partial_steps
+from .policy.planner import FEW, plan_run, without_partial_steps
 from .policy.selection import Selection
-from .references import original, references_under
+from .references import references_under
 from .run import Run
 from .slots import StepWatch
 from .stats import Stats, Tally
@@ -70,7 +69,7 @@ class Session:
         self.run: Run | None = None
         self.mask = None if mask is False else mask
         self._watches_mask = mask is None and hasattr(pipe, "prepare_mask_latents")
-        self._follows_edits = mask is None and _plans_by_edits(config)
+        self._follows_edits = mask is None and counts_edits(config)
         self._mask_watch: MaskWatch | None = None
         self._scheduler = weakref.ref(scheduler if pipe is None else pipe.scheduler)
         self._pipe = None if pipe is None else weakref.ref(pipe)
@@ -204,7 +203,14 @@ class Session:
         run.layouts[form] = layout
         leads = not run.calls
         if leads and not run.stage and (run.follows_edit or self.config.preserve):
-            run.edit = self._edit(run, mount, layout, latents)
+            run.edit = begin(run, mount.family, layout, latents, self.config.mask_margin)
+            run.follows_edit = run.follows_edit and run.edit is not None
+            if run.edit is None and self.config.preserve:
+                self._warn(
+                    "preserve",
+                    "there is no picture of the image's shape among the model's inputs that could "
+                    "be preserved",
+                )
         call = self._call(run, mount, form, layout, inputs)
         walk = None if call is None else call.walk
         skip = call is not None and call.skip
@@ -259,7 +265,7 @@ class Session:
         planned = self._plan(clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
-        run.follows_edit = self._may_follow_edit(planned, clock, masked)
+        run.follows_edit = self._follows_edits and masked is None and may_follow(planned, clock)
         run.regions = planned.partial or run.follows_edit
         if planned.reuse is Reuse.MEASURED:
             run.carry = Carry(1.0 if clock.steps >= FEW else 0.0)
@@ -268,30 +274,6 @@ class Session:
         self._runs += 1
         self._look_around(run)
         return run
-
-    def _may_follow_edit(self, planned: RunPlan, clock: Clock, masked: Tensor | None) -> bool:
-        """Whether a run's regions may be those that it is going to change of a picture."""
-        pictures = self._follows_edits and masked is None and bool(planned.layout.pictures)
-        waits = self.config.sample_ratio == EDITED or not planned.dense
-        return pictures and clock.prediction == "flow" and waits
-
-    def _edit(self, run: Run, mount: Mount, layout: Layout, latents: Any) -> Edit | None:
-        """What an edit is told by, at the first call of a run."""
-        found = original(latents, layout)
-        packed = None if found is None else mount.family.pack(found, layout.grid)
-        if packed is None:
-            run.follows_edit = False
-            if self.config.preserve:
-                self._warn(
-                    "preserve",
-                    "there is no picture of the image's shape among the model's inputs that could "
-                    "be preserved",
-                )
-            return None
-        edit = Edit(packed[0], layout.grid, self.config.mask_margin)
-        if run.masked is not None:
-            edit.fix(run.masked.expand(len(packed[0]), -1))
-        return edit
 
     def _look_around(self, run: Run) -> None:
         """Have a run be as dense as what others have put on the transformers since asks for."""
@@ -523,7 +505,8 @@ class Session:
             run.selection.observe(packed[0], None if leader.rows is None else run.active, sigma)
         if run.edit is not None and first:
             dense = leader is None or (not leader.skips and leader.rows is None)
-            self._follow_edit(run, run.edit, noise, sample if dense else None, sigma)
+            here = self._here(run.planned.layout)
+            follow(run, run.edit, self.config, here, noise, sample if dense else None, sigma)
         if run.step == step and not run.over:
             return  # a second-order step is not done before its second stage
         run.active = None
@@ -536,7 +519,7 @@ class Session:
             if edit is not None:
                 run.tally.edited = edit.regions
                 if self.config.preserve:
-                    self._preserve(run, edit, output)
+                    preserve(run, edit, output[0])
             if lesson is not None:
                 self._take_in(run, lesson)
         elif (
@@ -546,41 +529,6 @@ class Session:
             and 0 < run.count < run.planned.layout.tokens
         ):
             run.active = run.selection.choose(tokens, run.count, run.sigma)
-
-    def _follow_edit(self, run: Run, edit: Edit, noise: Tensor, sample: Any, sigma: float) -> None:
-        """See what a step changes of a picture, and plan the rest of the run by what was seen.
-
-        Args:
-            run, edit: Under way.
-            noise: Guided, as the scheduler gets it.
-            sample: What it was predicted of, if that was a step of all tokens, else None.
-            sigma: The step's noise level.
-        """
-        if run.follows_edit and edit.learn_count() and not run.over:
-            done = run.planned.plan.shares[: run.step + (run.stage % run.clock.order > 0)]
-            layout = run.planned.layout
-            here = self._here(layout)
-            pays = mask_pays(self.config, layout, edit.count)
-            count = edit.count if pays else None
-            run.planned = plan_run(self.config, run.clock, layout, count, here, done)
-        if run.masked is not None:
-            return
-        if isinstance(sample, Tensor) and run.family is not None:
-            found = [run.family.pack(part, run.planned.layout.grid) for part in (sample, noise)]
-            tokens = [part[0] for part in found if part is not None]
-            if [each.shape for each in tokens] == [edit.shape] * 2:
-                edit.observe(tokens[0], tokens[1], sigma)
-        if run.selection is not None and edit.count is not None:
-            pays = mask_pays(self.config, run.planned.layout, edit.count)
-            run.selection.masked = edit.choose() if pays else None
-
-    def _preserve(self, run: Run, edit: Edit, output: Any) -> None:
-        """Have the last step return the picture's latents where nothing is edited."""
-        latents, family = output[0], run.family
-        packed = None if family is None else family.pack(latents, run.planned.layout.grid)
-        if packed is not None and packed[0].shape == edit.shape:
-            kept = edit.preserve(packed[0])
-            latents.copy_(rearrange(kept, "b n (p c) -> b n (c p)", p=packed[1]))
 
     def _tokens_of(self, run: Run, noise: Tensor) -> tuple[Tensor, int] | None:
         """The guided noise as a row for each token, `(S, N, C)`, and the pixels of a token.
@@ -661,12 +609,6 @@ def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:
         return "sample_ratio="
     shares = () if config.plan is None else config.plan.shares
     return "plan=" if any(SKIP < share < DENSE for share in shares) else None
-
-
-def _plans_by_edits(config: RASConfig) -> bool:
-    """Whether what is edited counts for plans."""
-    asked = config.speedup is not None or config.sample_ratio in (None, EDITED)
-    return config.plan is None and asked
 
 
 def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:

@@ -47,10 +47,14 @@ class Edit:
         self._scores: Tensor | None = None
         self._asked: tuple[Tensor, Any] | None = None
 
-    @property
-    def shape(self) -> torch.Size:
-        """`(S, N, C)`, that of the samples' tokens."""
-        return self._original.shape
+    def fits(self, tokens: Tensor) -> bool:
+        """Whether tokens are of the samples; guidance's copies of these are let go then."""
+        samples, *rest = self._original.shape
+        if list(tokens.shape[1:]) != rest or samples % len(tokens):
+            return False
+        self._original = self._original[: len(tokens)]
+        self.regions = None if self.regions is None else self.regions[: len(tokens)]
+        return True
 
     def fix(self, rows: Tensor) -> None:
         """Take these regions, `(S, k)`, for the edited ones, whatever the run shows."""

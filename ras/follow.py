@@ -1,0 +1,85 @@
+"""A run that edits a picture: what it changes, seen step by step, and the plan by that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from .clock import Clock
+from .config import EDITED, RASConfig
+from .family import Family
+from .layout import Layout
+from .plan import RunPlan
+from .policy.edits import Edit
+from .policy.planner import mask_pays, plan_run
+from .references import original
+from .run import Run
+
+
+def counts_edits(config: RASConfig) -> bool:
+    """Whether plans are to be made by what is edited."""
+    asked = config.speedup is not None or config.sample_ratio in (None, EDITED)
+    return config.plan is None and asked
+
+
+def may_follow(planned: RunPlan, clock: Clock) -> bool:
+    """Whether a run can tell what it changes of a picture, and has something to leave out."""
+    waits = planned.config.sample_ratio == EDITED or not planned.dense
+    return planned.layout.picture is not None and clock.prediction == "flow" and waits
+
+
+def begin(run: Run, family: Family, layout: Layout, latents: Any, margin: int) -> Edit | None:
+    """What an edit is told by, of the latents of a run's first call; None without a picture."""
+    found = original(latents, layout)
+    packed = None if found is None else family.pack(found, layout.grid)
+    if packed is None:
+        return None
+    edit = Edit(packed[0], layout.grid, margin)
+    if run.masked is not None and len(packed[0]) % len(run.masked) == 0:
+        edit.fix(run.masked.repeat(len(packed[0]) // len(run.masked), 1))
+    return edit
+
+
+def follow(
+    run: Run,
+    edit: Edit,
+    config: RASConfig,
+    here: tuple[tuple[str, Any], ...],
+    noise: Tensor,
+    sample: Any,
+    sigma: float,
+) -> None:
+    """See what a step changes of a picture, and plan the rest of the run by what was seen before.
+
+    Args:
+        run, edit: Under way.
+        config, here: See `ras.policy.planner.plan_run`.
+        noise: Guided, as the scheduler gets it.
+        sample: What it was predicted of, if that was a step of all tokens, else None.
+        sigma: The step's noise level.
+    """
+    layout = run.planned.layout
+    if run.follows_edit and edit.learn_count() and not run.over:
+        done = run.planned.plan.shares[: run.step + (run.stage % run.clock.order > 0)]
+        count = edit.count if mask_pays(config, layout, edit.count) else None
+        run.planned = plan_run(config, run.clock, layout, count, here, done)
+    if run.masked is not None or run.family is None:
+        return
+    if isinstance(sample, Tensor):
+        found = [run.family.pack(part, layout.grid) for part in (sample, noise)]
+        tokens = [part[0] for part in found if part is not None]
+        if len(tokens) == 2 and all(map(edit.fits, tokens)):
+            edit.observe(tokens[0], tokens[1], sigma)
+    if run.follows_edit and run.selection is not None and edit.count is not None:
+        pays = mask_pays(config, layout, edit.count)
+        run.selection.masked = edit.choose() if pays else None
+
+
+def preserve(run: Run, edit: Edit, latents: Tensor) -> None:
+    """Put the picture's latents in place where nothing is edited, as the run ends."""
+    packed = None if run.family is None else run.family.pack(latents, run.planned.layout.grid)
+    if packed is not None and edit.fits(packed[0]):
+        kept = edit.preserve(packed[0])
+        latents.copy_(rearrange(kept, "b n (p c) -> b n (c p)", p=packed[1]))
