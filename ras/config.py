@@ -115,7 +115,7 @@ class RASConfig:
                     "plan says what each step computes; leave out speedup and sample_ratio"
                 )
             object.__setattr__(self, "plan", as_plan(self.plan))
-        if self.sample_ratio == EDITED:
+        if isinstance(self.sample_ratio, str) and self.sample_ratio == EDITED:
             if self.speedup is not None:
                 raise ValueError(
                     f"sample_ratio={EDITED!r} is a schedule; leave out speedup, or sample_ratio, "

@@ -50,7 +50,7 @@ class Layout:
             )
         if sum(map(math.prod, pictures)) > self.references:
             raise ValueError(
-                f"pictures must be among the {self.references} reference tokens, got "
+                f"pictures must be among the references, {self.references} tokens, got "
                 f"{shown(self.pictures)}"
             )
         object.__setattr__(self, "pictures", pictures)

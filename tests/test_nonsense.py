@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from support import pipelines
 from support.operands import calls
 from support.snapshot import Snapshot
@@ -83,7 +84,7 @@ def family():
 BARE = {"scheduler": FlowMatchEulerDiscreteScheduler}
 SENSE = {
     "Family": lambda: vars(family()),
-    "Layout": lambda: dict(grid=(8, 8), text=4, references=2),
+    "Layout": lambda: dict(grid=(8, 8), text=4, references=2, pictures=((1, 2),)),
     "Plan": lambda: dict(shares=(1, 0), extrapolation=(0, 0.5), note="", made_for={"a.b": 1}),
     "RASConfig": lambda: vars(ras.RASConfig()),
     "calibrate": lambda: dict(
@@ -106,6 +107,11 @@ SENSE = {
     "learn": lambda: dict(pipe=ras.enable(pipelines.sd3(), speedup=2), file=None),
     "plan": lambda: dict(
         model=pipe(), num_inference_steps=4, height=None, width=None, text_tokens=None
+    ),
+    "put_back": lambda: dict(
+        image=Image.new("RGB", (8, 8)),
+        picture=Image.new("RGB", (8, 8)),
+        edited=torch.ones(2, 2, dtype=torch.bool),
     ),
     "stats": lambda: dict(model=enabled_pipe()),
 }
@@ -133,7 +139,8 @@ WELCOME = {
     },
     "Layout.grid": {"empty"},
     "Layout.text": {"0"},
-    "Layout.references": {"0"},
+    "Layout.references": set(),
+    "Layout.pictures": {"empty"},
     "Plan.extrapolation": {"none"},
     "Plan.note": {"text", "no text"},
     "Plan.made_for": {"mapping", "empty"},
@@ -150,6 +157,7 @@ WELCOME = {
     "RASConfig.kv_correction": {"true"},
     "RASConfig.reuse_text": {"true"},
     "RASConfig.keep_caches": {"true"},
+    "RASConfig.preserve": {"true"},
     "RASConfig.max_cache_bytes": {"none", "0"},
     "RASConfig.mask_margin": {"0"},
     "RASConfig.skip_num_step": {"0"},

@@ -175,3 +175,29 @@ def test_psnr_outside_is_that_of_pixels_beside_the_regions():
     other.putpixel((0, 0), (151, 100, 100))
     assert found == pytest.approx(pictures.psnr(one, other))
     assert cli.edit._outside(picture, picture, regions((1, 3))) is None
+
+
+# --- the bundled editor ---------------------------------------------------------------------------
+
+
+def size(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_the_bundled_models_are_small():
+    generator, editor = ras.bundled_model(), ras.bundled_model("edit")
+    assert size(editor) <= 10e6 and size(generator) + size(editor) <= 23e6
+    with pytest.raises(ValueError, match="task must be one of generate, edit, got 'draw'"):
+        ras.bundled_model("draw")
+
+
+def test_an_edit_of_the_picture_that_is_drawn_for_it(tmp_path, capsys):
+    """The bundled models, from a text to an edited picture; a local edit takes partial steps."""
+    out = tmp_path / "edited.png"
+    words = "make the star green"
+    assert cli.main(["edit", words, "--out", str(out), "--speedup", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["image"] == "drawn" and report["model"] == "bundled"
+    assert 0 < report["edited"] < 0.4 and report["steps_sparse"] > 0
+    assert report["psnr_db"] > 30 and report["psnr_outside_db"] > 25
+    assert Image.open(out).width > 4 * 256

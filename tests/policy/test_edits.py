@@ -204,7 +204,7 @@ def test_videos_and_padding_have_no_picture():
         (TypeError, dict(pictures=(3,)), "pictures must be a tuple of whole numbers"),
         (ValueError, dict(pictures=((2, 2, 2),)), "height and width"),
         (ValueError, dict(pictures=((0, 2),)), "pictures must be"),
-        (ValueError, dict(pictures=((4, 4),)), "among the 12 reference tokens"),
+        (ValueError, dict(pictures=((4, 4),)), "among the references, 12 tokens"),
     ],
 )
 def test_pictures_of_a_layout(error, given, told):
