@@ -265,7 +265,8 @@ class Session:
         planned = self._plan(clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
-        run.follows_edit = self._follows_edits and masked is None and may_follow(planned, clock)
+        follows = self._follows_edits and masked is None and may_follow(planned, clock)
+        run.follows_edit = follows and not any(map(_hindrance, self.mounts))
         run.regions = planned.partial or run.follows_edit
         if planned.reuse is Reuse.MEASURED:
             run.carry = Carry(1.0 if clock.steps >= FEW else 0.0)
@@ -609,6 +610,11 @@ def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:
         return "sample_ratio="
     shares = () if config.plan is None else config.plan.shares
     return "plan=" if any(SKIP < share < DENSE for share in shares) else None
+
+
+def _hindrance(mount: Mount) -> str | None:
+    """What keeps a transformer from partial steps, if anything does."""
+    return mount.obstacle() or mount.change_of_rows()
 
 
 def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:

@@ -167,8 +167,8 @@ def test_caches_of_the_first_transformer_go_at_the_switch():
     session, kept = session_of(pipe), []
     after = session._after_step
 
-    def noted(noise):
-        after(noise)
+    def noted(*step):
+        after(*step)
         kept.append({name[0] for name, branch in session._branches.items() if branch.caches})
 
     session._watch._observer.tell = lambda: noted

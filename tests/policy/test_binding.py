@@ -42,7 +42,7 @@ def build(**options):
     return pipelines.sd3(vae=pipelines.autoencoder(), parts=parts, **options)
 
 
-def calibrate(pipe, prompts=("a red ring",), **options):
+def calibrate(pipe, prompts=("a red ring", "a star"), **options):
     return ras.calibrate(pipe, prompts, **{**dict(num_inference_steps=STEPS), **CALL, **options})
 
 
@@ -77,7 +77,7 @@ OTHERS = {
     other_scheduler: "scheduler.class: 'FlowMatchEulerDiscreteScheduler' there, 'FlowMatchHeun",
 }
 ARGUMENTS = [
-    (dict(prompts=["another"]), "prompts: "),
+    (dict(prompts=["another", "a star"]), "prompts: "),
     (dict(speedup=1.9), "speedup: 2.0 there, 1.9 here"),
     (dict(num_inference_steps=5), "num_inference_steps: 4 there, 5 here"),
     (dict(seed=1), "seed: 0 there, 1 here"),

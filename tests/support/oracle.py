@@ -209,7 +209,9 @@ class Oracle:
 
         It goes on in a straight line over the noise level, up to three times as far.
         """
-        since, gap = self.levels.get(branch, (torch.full(walks.shape, float(sigma)), 0.0))
+        since, gap = self.levels.get(branch, (None, None))
+        if since is None or since.shape != walks.shape:
+            since, gap = torch.full(walks.shape, float(sigma)), torch.zeros(walks.shape)
         gap = torch.where(walks, sigma - since, gap)
         since = torch.where(walks, float(sigma), since)
         self.levels[branch] = since, gap
