@@ -13,7 +13,7 @@ from .family import Family
 from .layout import Layout
 from .plan import RunPlan
 from .policy.edits import Edit
-from .policy.planner import mask_pays, plan_run
+from .policy.planner import FEW, mask_pays, plan_run
 from .references import original
 from .run import Run
 
@@ -25,9 +25,15 @@ def counts_edits(config: RASConfig) -> bool:
 
 
 def may_follow(planned: RunPlan, clock: Clock) -> bool:
-    """Whether a run can tell what it changes of a picture, and has something to leave out."""
-    waits = planned.config.sample_ratio == EDITED or not planned.dense
-    return planned.layout.picture is not None and clock.prediction == "flow" and waits
+    """Whether a run can tell what it changes of a picture, and has something to leave out.
+
+    In few steps a plan of one dense and some partial ones may be all that there is, on a guess.
+    """
+    if planned.layout.picture is None or clock.prediction != "flow":
+        return False
+    if planned.config.sample_ratio == EDITED:
+        return True
+    return not planned.dense and clock.steps >= FEW
 
 
 def begin(run: Run, family: Family, layout: Layout, latents: Any, margin: int) -> Edit | None:

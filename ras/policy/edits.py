@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 TIMES, QUANTILE = 3.0, 0.3
 LEAST, MOST = 0.1, 0.35
-SIZES = 16  # how many sizes of partial steps there may be, that compilers need not see more
+SIZES = 32  # how many sizes of partial steps there may be, that compilers need not see more
+GROWN = 1.25  # times as many regions as before, from which on a run is planned anew
 
 
 class Edit:
@@ -95,9 +96,10 @@ class Edit:
         return self._original.square().mean((1, 2)).sqrt()
 
     def learn_count(self) -> bool:
-        """Read how many regions are edited, if that was asked for; whether it is another number.
+        """Read how many regions are edited, if that was asked for; whether there are more by far.
 
-        It was asked for a step ago, and the device has since got that step's work to do.
+        It was asked for a step ago, and the device has since got that step's work to do. A number
+        that goes up and down with each look at the edit would only upset the plan.
         """
         if self._asked is None:
             return False
@@ -107,8 +109,10 @@ class Edit:
         tokens = math.prod(self._grid)
         size = max(tokens // SIZES, 1)
         count = min(-(-int(value) // size) * size, tokens)
-        before, self.count = self.count, count
-        return count != before
+        if self.count is not None and count <= GROWN * self.count:
+            return False
+        self.count = count
+        return True
 
     def choose(self) -> Tensor:
         """The `count` regions of each sample that are edited, or most likely, `(S, count)` int32

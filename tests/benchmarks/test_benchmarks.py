@@ -271,7 +271,7 @@ def test_plans(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plans, "STEPS", 6)
     monkeypatch.setattr("ras.policy.calibration.ROUNDS", 0)
     out, whole = tmp_path / "regions", tmp_path / "whole"
-    plans.main(["--prompts=1", "--speedups=2", f"--out={out}", f"--whole-steps={whole}"])
+    plans.main(["--prompts=2", "--speedups=2", f"--out={out}", f"--whole-steps={whole}"])
     plan = ras.Plan.load(out / "2x.json")
     assert len(plan.shares) == 6 and plan.speedup(256, 28) == pytest.approx(2, rel=0.03)
     assert not whole.exists()  # as this plan has no partial steps

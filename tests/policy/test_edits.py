@@ -95,6 +95,7 @@ def run(change, sigma=0.5, margin=1, samples=2):
 
 SMALL = [(y, x) for y in (1, 2) for x in (1, 2)]
 LARGE = [(y, x) for y in range(3, 7) for x in range(3, 7)]
+LARGER = [(y, x) for y in range(7) for x in range(8)]
 
 
 @pytest.mark.parametrize("sigma", [0.999, 0.5, 0.01])
@@ -107,8 +108,17 @@ def test_the_clean_image_tells(sigma):
 def test_the_count_is_known_a_step_later_and_rounded_up():
     edit = run([SMALL, LARGE])
     assert edit.count is None
-    assert edit.learn_count() and edit.count == 36  # of 6 x 6, in sixteenths of 64
+    assert edit.learn_count() and edit.count == 36  # of 6 x 6, in thirty-seconds of 64
     assert not edit.learn_count() and edit.count == 36
+
+
+@pytest.mark.parametrize("places, count", [(SMALL, 36), (LARGE, 36), (LARGER, 64)])
+def test_the_count_grows_by_leaps(places, count):
+    edit = run([SMALL, LARGE])
+    edit.learn_count()
+    again = run([places, places])
+    edit._asked = again._asked
+    assert edit.learn_count() == (count != 36) and edit.count == count
 
 
 def test_every_sample_has_regions_of_its_own():
