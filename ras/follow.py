@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from .clock import Clock
 from .config import EDITED, RASConfig
 from .family import Family
 from .layout import Layout
+from .mount import Mount, cache_numbers
 from .plan import RunPlan
 from .policy.edits import Edit
 from .policy.planner import FEW, mask_pays, plan_run
@@ -34,6 +36,22 @@ def may_follow(planned: RunPlan, clock: Clock) -> bool:
     if planned.config.sample_ratio == EDITED:
         return True
     return not planned.dense and clock.steps >= FEW
+
+
+def has_room(mount: Mount, layout: Layout, latents: Tensor, limit: int | None) -> bool:
+    """Whether keys and values of a call leave half of what is free on the device.
+
+    Nobody has asked for them who has only not said `mask=False`; where there is a limit, that is
+    what counts.
+    """
+    free = free_bytes(latents.device) if limit is None else None
+    numbers = sum(cache_numbers(mount.transformer, mount.family, layout))
+    return free is None or 2 * len(latents) * numbers * latents.element_size() <= free
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a GPU; None elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def begin(run: Run, family: Family, layout: Layout, latents: Any, margin: int) -> Edit | None:

@@ -20,7 +20,7 @@ from .clock import Clock, is_set, read_clock
 from .config import RASConfig
 from .denoisers import transformers_of
 from .fingerprint import of_model, of_run
-from .follow import begin, counts_edits, follow, may_follow, preserve
+from .follow import begin, counts_edits, follow, has_room, may_follow, preserve
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
@@ -202,6 +202,10 @@ class Session:
         run = self._current_run(scheduler, layout, batch, inputs.get("timestep"))
         run.layouts[form] = layout
         leads = not run.calls
+        if leads and not run.stage and run.follows_edit and isinstance(latents, Tensor):
+            limit = self.config.max_cache_bytes
+            run.follows_edit = has_room(mount, layout, latents, limit)
+            run.regions = run.planned.partial or run.follows_edit
         if leads and not run.stage and (run.follows_edit or self.config.preserve):
             run.edit = begin(run, mount.family, layout, latents, self.config.mask_margin)
             run.follows_edit = run.follows_edit and run.edit is not None

@@ -145,6 +145,20 @@ def test_runs_of_few_steps_do_not_look():
         assert torch.equal(latents, call(11, **TWO))
 
 
+@pytest.mark.parametrize("share, follows", [(0.99, False), (1.01, True)])
+def test_keys_and_values_that_nobody_asked_for_leave_half_of_the_memory(share, follows):
+    """Of two samples' keys and values, and how they change."""
+    pipe, call = kontext()
+    layers, inner = 4, 32  # of both kinds; N + R + T tokens are kept, N + R change
+    needed = 2 * 4 * layers * 2 * inner * (64 + 64 + 8 + 64 + 64)
+    with mock.patch("ras.follow.free_bytes", lambda device: int(2 * needed * share)):
+        latents, rows, stats, _ = noted(pipe, call, speedup=2)
+    assert bool(rows) == follows and (stats.cache_bytes > needed) == follows
+    if not follows:
+        with ras.enabled(pipe, speedup=2, mask=False):
+            assert torch.equal(latents, call(STEPS, **TWO))
+
+
 def test_nothing_edited_is_planned_by_whole_steps():
     _, rows, stats, _ = noted(*kontext(), ((0, 0, 0, 0),) * 2, speedup=2)
     assert rows == {} and stats.speedup_ceiling == pytest.approx(2, rel=0.04)
