@@ -41,7 +41,8 @@ class RASConfig:
         sample_ratio: Share of the image tokens that a partial step computes, in (0, 1].
             `int((1 - sample_ratio) * N)` of N tokens are dropped in the paper's schedule.
             `"edited"` is that of the regions that an edit changes, as far as the run has shown
-            them, in that schedule; without a picture to edit all steps are dense.
+            them, in that schedule or in a plan for a speed-up; without a picture to edit all steps
+            are whole.
         error_reset_steps: Steps in which all tokens are computed, which ends the drift of what
             was reused. Whole numbers are steps; those beyond the end of a run are ignored.
             Fractions in (0, 1) are shares of the run: step `int(fraction * steps)`.
@@ -115,13 +116,8 @@ class RASConfig:
                     "plan says what each step computes; leave out speedup and sample_ratio"
                 )
             object.__setattr__(self, "plan", as_plan(self.plan))
-        if isinstance(self.sample_ratio, str) and self.sample_ratio == EDITED:
-            if self.speedup is not None:
-                raise ValueError(
-                    f"sample_ratio={EDITED!r} is a schedule; leave out speedup, or sample_ratio, "
-                    "as a plan for a speed-up takes edits into account by itself"
-                )
-        elif self.sample_ratio is not None:
+        edited = isinstance(self.sample_ratio, str) and self.sample_ratio == EDITED
+        if self.sample_ratio is not None and not edited:
             check_number("sample_ratio", self.sample_ratio)
             if isinstance(self.sample_ratio, str) or not 0 < self.sample_ratio <= 1:
                 raise ValueError(

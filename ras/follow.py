@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -12,46 +11,21 @@ from .clock import Clock
 from .config import EDITED, RASConfig
 from .family import Family
 from .layout import Layout
-from .mount import Mount, cache_numbers
 from .plan import RunPlan
 from .policy.edits import Edit
-from .policy.planner import FEW, mask_pays, plan_run
+from .policy.planner import mask_pays, plan_run
 from .references import original
 from .run import Run
 
 
-def counts_edits(config: RASConfig) -> bool:
-    """Whether plans are to be made by what is edited."""
-    asked = config.speedup is not None or config.sample_ratio in (None, EDITED)
-    return config.plan is None and asked
-
-
 def may_follow(planned: RunPlan, clock: Clock) -> bool:
-    """Whether a run can tell what it changes of a picture, and has something to leave out.
-
-    In few steps a plan of one dense and some partial ones may be all that there is, on a guess.
-    """
-    if planned.layout.picture is None or clock.prediction != "flow":
-        return False
-    if planned.config.sample_ratio == EDITED:
-        return True
-    return not planned.dense and clock.steps >= FEW
-
-
-def has_room(mount: Mount, layout: Layout, latents: Tensor, limit: int | None) -> bool:
-    """Whether keys and values of a call leave half of what is free on the device.
-
-    Nobody has asked for them who has only not said `mask=False`; where there is a limit, that is
-    what counts.
-    """
-    free = free_bytes(latents.device) if limit is None else None
-    numbers = sum(cache_numbers(mount.transformer, mount.family, layout))
-    return free is None or 2 * len(latents) * numbers * latents.element_size() <= free
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a GPU; None elsewhere."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Whether a run is to compute what it changes of a picture, and can tell what that is."""
+    config = planned.config
+    asked = config.plan is None and config.sample_ratio == EDITED
+    leaves_out = config.speedup is None or not planned.dense
+    return (
+        asked and leaves_out and planned.layout.picture is not None and clock.prediction == "flow"
+    )
 
 
 def begin(run: Run, family: Family, layout: Layout, latents: Any, margin: int) -> Edit | None:

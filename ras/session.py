@@ -20,7 +20,7 @@ from .clock import Clock, is_set, read_clock
 from .config import RASConfig
 from .denoisers import transformers_of
 from .fingerprint import of_model, of_run
-from .follow import begin, counts_edits, follow, has_room, may_follow, preserve
+from .follow import begin, follow, may_follow, preserve
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
@@ -69,7 +69,7 @@ class Session:
         self.run: Run | None = None
         self.mask = None if mask is False else mask
         self._watches_mask = mask is None and hasattr(pipe, "prepare_mask_latents")
-        self._follows_edits = mask is None and counts_edits(config)
+        self._looks_at_edits = mask is None
         self._mask_watch: MaskWatch | None = None
         self._scheduler = weakref.ref(scheduler if pipe is None else pipe.scheduler)
         self._pipe = None if pipe is None else weakref.ref(pipe)
@@ -202,10 +202,6 @@ class Session:
         run = self._current_run(scheduler, layout, batch, inputs.get("timestep"))
         run.layouts[form] = layout
         leads = not run.calls
-        if leads and not run.stage and run.follows_edit and isinstance(latents, Tensor):
-            limit = self.config.max_cache_bytes
-            run.follows_edit = has_room(mount, layout, latents, limit)
-            run.regions = run.planned.partial or run.follows_edit
         if leads and not run.stage and (run.follows_edit or self.config.preserve):
             run.edit = begin(run, mount.family, layout, latents, self.config.mask_margin)
             run.follows_edit = run.follows_edit and run.edit is not None
@@ -269,8 +265,8 @@ class Session:
         planned = self._plan(clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
-        follows = self._follows_edits and masked is None and may_follow(planned, clock)
-        run.follows_edit = follows and not any(map(_hindrance, self.mounts))
+        looks = self._looks_at_edits and masked is None
+        run.follows_edit = looks and may_follow(planned, clock)
         run.regions = planned.partial or run.follows_edit
         if planned.reuse is Reuse.MEASURED:
             run.carry = Carry(1.0 if clock.steps >= FEW else 0.0)
@@ -614,11 +610,6 @@ def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:
         return "sample_ratio="
     shares = () if config.plan is None else config.plan.shares
     return "plan=" if any(SKIP < share < DENSE for share in shares) else None
-
-
-def _hindrance(mount: Mount) -> str | None:
-    """What keeps a transformer from partial steps, if anything does."""
-    return mount.obstacle() or mount.change_of_rows()
 
 
 def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:

@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add("image", nargs="?", type=_file, help="the picture; without one, a drawn one is made first")
     add("instruction", type=_prompt, help="what to change")
     add("--mask", type=_file, metavar="FILE", help="a picture that is white where it may change")
+    add("--whole-steps", action="store_true", help="compute all of the image, or nothing")
     add("--preserve", action="store_true", help="keep all pixels that the edit does not change")
     add(
         "--picture",

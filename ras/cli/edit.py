@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 import ras
 
+from ..config import DEFAULT_SPEEDUP, EDITED
 from ..edits import pixels_of
 from ..files import written_whole
 from . import generate, pictures
@@ -33,7 +34,9 @@ PICTURE = "a large yellow circle, left, and a small red star, bottom right, on a
 
 def main(options: argparse.Namespace) -> None:
     """Edit the picture, write what came of it and print what was measured."""
-    config = ras.RASConfig(options.speedup, preserve=options.preserve)
+    ratio = None if options.whole_steps or options.mask else EDITED
+    speedup = DEFAULT_SPEEDUP if options.speedup is None else options.speedup
+    config = ras.RASConfig(speedup, sample_ratio=ratio, preserve=options.preserve)
     mask = None if options.mask is None else _read(options.mask).convert("L")
     picture = _read(options.image) if options.image else _drawn(options)
     pipe = load(options, ras.bundled_model("edit"))

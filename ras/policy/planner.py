@@ -90,7 +90,7 @@ def _of_few(steps: int) -> float:
 def mask_pays(config: RASConfig, layout: Layout, masked_tokens: int | None) -> bool:
     """Whether partial steps of the masked tokens are worth it, beside dense ones."""
     text = 0 if config.reuse_text else layout.text
-    if not masked_tokens or config.sample_ratio == EDITED:
+    if not masked_tokens or (config.sample_ratio == EDITED and config.speedup is None):
         return bool(masked_tokens)
     return masked_tokens + layout.under(masked_tokens) < MASK_PAYS * layout.sequence - text
 

@@ -224,23 +224,18 @@ def test_editing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(editing, "STEPS", 8)
     monkeypatch.setattr(editing, "SPEEDUPS", (1.5, 2.0))
     path = tmp_path / "rows.json"
-    methods = ["references", "SpotEdit", "whole", "RAS"]
+    methods = ["references", "SpotEdit", "regions", "RAS"]
     editing.main(["--count", "2", "--methods", *methods, "--out", str(path)])
     out, rows = capsys.readouterr().out, json.loads(path.read_text())
     assert len(rows) == 2 * (1 + 1 + 2 + 2 + 2)
-    assert {row["method"] for row in rows} == {
-        "dense",
-        "references behind",
-        *methods[1:2],
-        "RAS",
-        "whole steps",
-    }
+    found = {row["method"] for row in rows}
+    assert found == {"dense", "references behind", *methods[1:]}
     for row in rows:
         assert row["kind"] in editing.KINDS and 0 < row["share"] <= 1
         assert row["psnr"] == editing.PEAK if row["method"] == "dense" else row["psnr"] > 0
         assert (row["speedup"] > 0 and row["compute"] is None) or row["compute"] >= 1
     ours = [row["compute"] for row in rows if row["label"] == "2x"]
-    assert ours == pytest.approx([2] * 4, rel=0.1)
+    assert ours == pytest.approx([2] * 4, rel=0.2)
     assert "at equal wall time" in out and "references behind" in out
 
 
