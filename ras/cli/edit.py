@@ -28,7 +28,7 @@ BUNDLED_CALL: dict[str, Any] = {
     "max_sequence_length": 16,
     "_auto_resize": False,
 }
-PICTURE = "a large yellow circle, left, and a small red star, bottom right, on a blue background"
+PICTURE = "a small red star, top right, on a blue background"
 """What is drawn for want of a picture to edit."""
 
 
