@@ -42,7 +42,7 @@ class RASConfig:
             `int((1 - sample_ratio) * N)` of N tokens are dropped in the paper's schedule.
             `"edited"` is that of the regions that an edit changes, as far as the run has shown
             them, in that schedule or in a plan for a speed-up; without a picture to edit all steps
-            are whole.
+            are whole, with a warning.
         error_reset_steps: Steps in which all tokens are computed, which ends the drift of what
             was reused. Whole numbers are steps; those beyond the end of a run are ignored.
             Fractions in (0, 1) are shares of the run: step `int(fraction * steps)`.

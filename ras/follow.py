@@ -18,14 +18,16 @@ from .references import original
 from .run import Run
 
 
+def can_follow(planned: RunPlan, clock: Clock) -> bool:
+    """Whether a run can tell what it changes of a picture."""
+    return planned.layout.picture is not None and clock.prediction == "flow"
+
+
 def may_follow(planned: RunPlan, clock: Clock) -> bool:
-    """Whether a run is to compute what it changes of a picture, and can tell what that is."""
+    """Whether a run is to compute what it changes of a picture, and leaves out anything."""
     config = planned.config
     asked = config.plan is None and config.sample_ratio == EDITED
-    leaves_out = config.speedup is None or not planned.dense
-    return (
-        asked and leaves_out and planned.layout.picture is not None and clock.prediction == "flow"
-    )
+    return asked and can_follow(planned, clock) and (config.speedup is None or not planned.dense)
 
 
 def begin(run: Run, family: Family, layout: Layout, latents: Any, margin: int) -> Edit | None:

@@ -17,10 +17,10 @@ from .branch import Branch, Call, form_of
 from .branches import Branches
 from .callers import calling_pipeline
 from .clock import Clock, is_set, read_clock
-from .config import RASConfig
+from .config import EDITED, RASConfig
 from .denoisers import transformers_of
 from .fingerprint import of_model, of_run
-from .follow import begin, follow, may_follow, preserve
+from .follow import begin, can_follow, follow, may_follow, preserve
 from .layout import Layout
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
@@ -267,6 +267,12 @@ class Session:
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
         looks = self._looks_at_edits and masked is None
         run.follows_edit = looks and may_follow(planned, clock)
+        if looks and self.config.sample_ratio == EDITED and not can_follow(planned, clock):
+            self._warn(
+                "edit",
+                "there is no picture of the image's shape among the model's inputs, or nothing to "
+                "tell what is edited by, so that steps are whole",
+            )
         run.regions = planned.partial or run.follows_edit
         if planned.reuse is Reuse.MEASURED:
             run.carry = Carry(1.0 if clock.steps >= FEW else 0.0)

@@ -18,7 +18,7 @@ from ..edits import pixels_of
 from ..files import written_whole
 from . import generate, pictures
 from .loading import Pipeline, load
-from .runs import Job, figures, finite, lines, side_by_side, tell
+from .runs import Job, finite, lines, side_by_side, tell
 
 SIDE = 256  # pixels, of the bundled model's pictures
 BUNDLED_CALL: dict[str, Any] = {
@@ -62,14 +62,7 @@ def main(options: argparse.Namespace) -> None:
         "image": options.image or "drawn",
         "prompt": options.instruction,
         "model": options.model or "bundled",
-        "device": str(options.device),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "seed": options.seed,
-        "steps": options.steps,
-        "width": image.width,
-        "height": image.height,
-        "config": dataclasses.asdict(config),
-        **figures(dense, sparse),
+        **job.report(dense, sparse),
         "edited": None if regions is None else regions.float().mean().item(),
         "psnr_outside_db": _outside(image, of_size, regions),
         "out": str(options.out),

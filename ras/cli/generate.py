@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 import ras
 
 from ..files import written_whole
 from .loading import load
-from .runs import Job, RasRun, Run, figures, lines, side_by_side, tell
+from .runs import Job, RasRun, Run, lines, side_by_side, tell
 
 BUNDLED_CALL: dict[str, Any] = {"guidance_scale": 4.0, "max_sequence_length": 0}
 """What the bundled model's pipeline is called with: it was trained without T5's tokens."""
@@ -37,14 +36,7 @@ def main(options: argparse.Namespace) -> None:
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
         "model": options.model or "bundled",
-        "device": str(options.device),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "seed": options.seed,
-        "steps": options.steps,
-        "width": sparse[0].image.width,
-        "height": sparse[0].image.height,
-        "config": dataclasses.asdict(config),
-        **figures(dense, sparse),
+        **job.report(dense, sparse),
         "out": str(options.out),
     }
     picture = sparse[0].image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -74,6 +75,19 @@ class Job:
                 dense.append(self.run("dense", self.steps))
                 sparse.append(self.run_ras("RAS", self.steps))
         return dense, sparse
+
+    def report(self, dense: list[Run], sparse: list[RasRun]) -> dict[str, Any]:
+        """What was run, and what was measured."""
+        return {
+            "device": str(self.device),
+            "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
+            "seed": self.seed,
+            "steps": self.steps,
+            "width": sparse[0].image.width,
+            "height": sparse[0].image.height,
+            "config": dataclasses.asdict(self.config),
+            **figures(dense, sparse),
+        }
 
     def run_ras(self, label: str, steps: int) -> RasRun:
         """An image with RAS; its statistics hold the warnings."""

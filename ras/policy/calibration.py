@@ -135,7 +135,8 @@ def calibrate(
     measured = log.kept("noise", lambda: runs.dense(bar.update))
     stages, order, prediction = measured["clock"]
     clock = Clock(tuple(stages), order, prediction)
-    layout = Layout(tuple(measured["grid"]), measured["text"])
+    sides = tuple(map(tuple, measured["pictures"]))
+    layout = Layout(tuple(measured["grid"]), measured["text"], measured["references"], sides)
     config = replace(config, speedup=None)
     prior = covariance(clock, config.extrapolation or EXTRAPOLATION)
     kernel = mixed(np.array(measured["kernel"]), len(prompts), prior)
@@ -348,6 +349,8 @@ class _Runs:
             "clock": [clock.stages, clock.order, clock.prediction],
             "grid": layout.grid,
             "text": layout.text,
+            "references": layout.references,
+            "pictures": layout.pictures,
             "kernel": kernel.tolist(),
             "guidance": of_run((), getattr(self._pipe, "guidance_scale", None)).get(GUIDANCE),
         }

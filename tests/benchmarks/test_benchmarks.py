@@ -234,8 +234,9 @@ def test_editing(tmp_path, capsys, monkeypatch):
         assert row["kind"] in editing.KINDS and 0 < row["share"] <= 1
         assert row["psnr"] == editing.PEAK if row["method"] == "dense" else row["psnr"] > 0
         assert (row["speedup"] > 0 and row["compute"] is None) or row["compute"] >= 1
-    ours = [row["compute"] for row in rows if row["label"] == "2x"]
-    assert ours == pytest.approx([2] * 4, rel=0.2)
+    for method, near in (("RAS", 0.03), ("regions", 0.2)):  # of eight steps, few fit both
+        ours = [row["compute"] for row in rows if (row["method"], row["label"]) == (method, "2x")]
+        assert ours == pytest.approx([2] * 2, rel=near)
     assert "at equal wall time" in out and "references behind" in out
 
 

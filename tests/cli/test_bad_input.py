@@ -144,7 +144,7 @@ def test_errors_on_the_way(error, here, monkeypatch, capsys):
             assert err.startswith("ras: error: ") and err.count("\n") == 1 and len(err) > 14
 
 
-@pytest.mark.parametrize("moment", ["load", "run_ras", "figures", "save", "tell"])
+@pytest.mark.parametrize("moment", ["load", "run_ras", "report", "save", "tell"])
 def test_interrupts(moment, here, monkeypatch, capsys):
     """Status 130 and one line; no picture, or the whole one, and the old one until then."""
     out = here / "out.png"
@@ -162,7 +162,7 @@ def test_interrupts(moment, here, monkeypatch, capsys):
 
         monkeypatch.setattr(Image.Image, "save", half)
     else:
-        place = cli.runs.Job if moment == "run_ras" else cli.generate
+        place = cli.runs.Job if moment in ("run_ras", "report") else cli.generate
         monkeypatch.setattr(place, moment, interrupt)
     options = ["--steps=2", f"--out={out}", "--no-compare"]
     assert cli.main(["generate", "a ring", *options]) == 130

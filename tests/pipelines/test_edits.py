@@ -195,8 +195,9 @@ def test_runs_without_a_picture_of_the_images_shape(name):
     """They are as they were; the picture of "flux-kontext" is half as wide again."""
     pipe, call = ENTRIES[name].build()
     with ras.enabled(pipe, **EDITED):
-        latents = call(STEPS)
-        assert ras.stats(pipe).edited is None
+        with pytest.warns(ras.RASWarning, match="no picture of the image's shape"):
+            latents = call(STEPS)
+        assert ras.stats(pipe).edited is None and len(ras.stats(pipe).warnings) == 1
     with ras.enabled(pipe, speedup=2, mask=False):
         assert torch.equal(latents, call(STEPS))
 
@@ -264,7 +265,8 @@ def test_the_schedule_of_a_paper(paper, name):
 def test_the_schedule_of_a_paper_without_a_picture():
     pipe, call = ENTRIES["flux"].build()
     dense = call(STEPS)
-    with ras.enabled(pipe, sample_ratio="edited"):
+    told = pytest.warns(ras.RASWarning, match="no picture of the image's shape")
+    with ras.enabled(pipe, sample_ratio="edited"), told:
         assert torch.equal(call(STEPS), dense)
 
 
@@ -334,7 +336,7 @@ def test_nothing_to_preserve_is_said():
     told = pytest.warns(ras.RASWarning, match="no picture")
     with ras.enabled(pipe, speedup=2, preserve=True), told:
         latents = call(STEPS)
-    with ras.enabled(pipe, **EDITED):
+    with ras.enabled(pipe, speedup=2):
         assert torch.equal(latents, call(STEPS))
 
 

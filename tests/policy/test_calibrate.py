@@ -394,6 +394,15 @@ def test_every_form_of_guidance(name):
     assert float(re.search(r"latents ([\d.]+)", plan.note)[1]) == pytest.approx(error, abs=1e-4)
 
 
+def test_references_count(tmp_path):
+    """A plan's cost is that of all in the sequence, with the picture that is edited."""
+    pipe, path = prompted("qwen-edit"), tmp_path / "log.json"
+    ras.calibrate(pipe, ["a", "b"], num_inference_steps=STEPS, batch_size=1, checkpoint=path)
+    measured = json.loads(path.read_text())["noise"]
+    sides = measured["pictures"]
+    assert measured["references"] == sum(map(math.prod, sides)) > 0 and len(sides) == 1
+
+
 # --- plan -----------------------------------------------------------------------------------------
 
 
