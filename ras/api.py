@@ -166,7 +166,7 @@ def learn(pipe: Any, file: str | PathLike[str] | None = None) -> None:
     From what the noise of that run does come the plans of runs of the same model, scheduler, step
     count and guidance from then on, whatever the prompt, size or speed-up; others are planned as
     before. One sample moves plans but little; a batch of six, or as many runs one after another,
-    which add up, count for 40 %. README.md has figures.
+    which add up, count for 40 %. docs/results.md has figures.
     `print(ras.stats(pipe).config.learned)` tells what it gains by the error model.
 
     Args:

@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, part by part: tests, kernels, whole pipelines, the README.
+"""Everything that a GPU is needed for, part by part: tests, kernels, whole pipelines, the tables.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --quick
@@ -9,8 +9,8 @@ One that fails does not keep the others from running: the exit status is 1 at th
 and log lie in the folder `parts` of the GPU's folder in `--out`; one that has succeeded with the
 same settings is not run again, so that an interrupted run goes on where it was. Pipelines are those
 of `benchmarks.speed.end_to_end` with all layers, at 1024 x 1024 px with guidance, eager and with
-compiled blocks, in fp16 and bf16. Then the plots and the READMEs' tables are made of all that JSON,
-which `python -m benchmarks.gpu.table` does alone.
+compiled blocks, in fp16 and bf16. Then the plots and the tables of the documentation are made of
+all that JSON, which `python -m benchmarks.gpu.table` does alone.
 
 `--quick` ends within nine minutes: fewer rounds, of each model the dtype of the paper alone, and as
 many kernels and tests as there is time for. `--tiny` rehearses that on a CPU, at toy sizes.

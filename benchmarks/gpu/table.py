@@ -1,9 +1,10 @@
-"""What `benchmarks.gpu` has measured, as the READMEs' tables and as plots.
+"""What `benchmarks.gpu` has measured, as tables of the documentation and as plots.
 
     python -m benchmarks.gpu.table
 
-Writes the tables anew into the READMEs, from the JSON of all folders of `benchmarks/results` that
-have some. Where none has, a sentence says so in the table's place.
+Writes the tables anew into `docs/results.md` and `ras_kernels/README.md`, from the JSON of all
+folders of `benchmarks/results` that have some. Where none has, a sentence says so in the table's
+place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..speed.families import PUBLISHED, Family
 from ..tables import COLOURS, NOT_MEASURED, RESULTS, ROOT, UNMEASURED, grid, save
 from . import goals
 
-READMES = ROOT / "README.md", ROOT / "ras_kernels" / "README.md"
+READMES = ROOT / "docs" / "results.md", ROOT / "ras_kernels" / "README.md"
 RATIOS = (0.75, 0.5, 0.25, 0.125)
 PLANNED = 2.0  # the speed-up of the library's own plan
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
@@ -42,7 +43,7 @@ Parts = dict[str, Row]  # records by the names of the parts
 
 
 def main() -> None:
-    """Renew the README's table, and all plots."""
+    """Renew the tables, and all plots."""
     for folder in measured(RESULTS):
         plots(folder)
     for readme in READMES:
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def update(readme: Path, folders: Path) -> None:
-    """Put tables in the place of those between a README's comments, `<!-- name -->` around each."""
+    """Put tables in the place of those between a page's comments, `<!-- name -->` around each."""
     text = readme.read_text(encoding="utf-8")
     places = [name for name in TABLES if mark(name) in text]
     if not places:

@@ -19,13 +19,13 @@ NOBODY = torch.zeros(1, 0, dtype=torch.int64)  # the active rows of a skipped st
 
 
 def position(sigma):
-    """Where a noise level is on the axis of README.md, "The policy"; its ends are cut off."""
+    """Where a noise level is on the axis of docs/policy.md; its ends are cut off."""
     sigma = min(max(float(sigma), 0.05), 0.9999)
     return 0.2 * math.log(sigma) - math.log(1 - sigma)
 
 
 def gain(ahead, behind, extrapolation):
-    """g of README.md, "The policy", or 0 where there is nothing to go by."""
+    """g of docs/policy.md, or 0 where there is nothing to go by."""
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (ahead, behind))
     h = 1 + math.log2(1 + extrapolation)
     g = ((a + b) ** h - a**h - b**h) / (2 * b**h)
