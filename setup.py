@@ -10,6 +10,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "ras_kernels" / "__init__.py").read_text(), re.MULTILINE
 )
 assert VERSION is not None
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(
     name="ras",
@@ -35,7 +36,9 @@ setup(
     ],
     extras_require={
         "bench": ["cache-dit>=1.3", "matplotlib>=3.9"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "accelerate>=1.0",
             "hypothesis>=6",
             "matplotlib>=3.9",

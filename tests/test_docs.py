@@ -1,14 +1,29 @@
 """The examples of the documentation do what it says."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from support.zoo import ENTRIES
 
 import ras
+import ras_kernels
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def test_the_site(tmp_path):
+    """It is built without a warning, every page is in its menu, and it has every call."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for package, page in ((ras, "reference"), (ras_kernels, "kernels-reference")):
+        html = (tmp_path / page / "index.html").read_text()
+        names = [name for name in package.__all__ if not name.startswith("__")]
+        assert [name for name in names if f'id="{package.__name__}.{name}"' not in html] == []
 
 
 def examples(page):
