@@ -1,18 +1,61 @@
-"""The examples of the documentation do what it says."""
+"""The documentation does what it says: examples run, commands parse, the site builds."""
 
+import argparse
+import importlib
+import inspect
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 import torch
+from support.pages import PAGES, ROOT, commands, examples, put_stand_ins
 from support.zoo import ENTRIES
 
 import ras
 import ras_kernels
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+FAMILY = ROOT / "docs/adding-a-family.md"  # whose examples need a transformer without a record
+SHOWING = [page for page in PAGES if examples(page) and page != FAMILY]
+
+
+class Parsed(Exception):
+    """A command line has been taken."""
+
+
+@pytest.mark.filterwarnings("error::ras.RASWarning")
+@pytest.mark.parametrize("page", SHOWING, ids=lambda page: page.stem)
+def test_examples(page, monkeypatch, tmp_path):
+    """One after the other, as a reader would run them."""
+    put_stand_ins(monkeypatch, tmp_path)
+    names = {}
+    for block in examples(page):
+        exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", [*filter(commands, PAGES)], ids=lambda page: page.stem)
+def test_commands(page, monkeypatch, tmp_path):
+    """Each is one that its parser takes."""
+    put_stand_ins(monkeypatch, tmp_path)
+    (tmp_path / "docs/pictures").mkdir(parents=True)
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_alone(parser, argv=None):
+        parse(parser, argv)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_alone)
+    for name, options in commands(page):
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        try:
+            module = importlib.import_module(f"{name}.__main__")
+        except ModuleNotFoundError:
+            module = importlib.import_module(name)
+        if "Parser(" not in inspect.getsource(module):
+            assert not options and callable(module.main), name
+            continue
+        with pytest.raises(Parsed):
+            module.main()
 
 
 def test_the_site(tmp_path):
@@ -24,11 +67,6 @@ def test_the_site(tmp_path):
         html = (tmp_path / page / "index.html").read_text()
         told = re.findall(r'id="ras(?:_kernels)?\.(?:api\.|check\.)?(\w+)"', html)
         assert {name for name in package.__all__ if not name.startswith("__")} <= {*told}
-
-
-def examples(page):
-    """The blocks of Python."""
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
 
 
 def test_adding_a_family(capsys):
@@ -49,7 +87,7 @@ def test_adding_a_family(capsys):
 
     pipe.__class__ = Mine
     pipe.transformer.__class__ = type("MyTransformer2DModel", (type(pipe.transformer),), {})
-    first, *blocks = examples("adding-a-family.md")
+    first, *blocks = examples(FAMILY)
     assert len(blocks) == 3 and "family=record" in first
     names = {"pipe": pipe}
     with torch.no_grad():

@@ -1,0 +1,96 @@
+"""The examples of the documentation, and tiny pipelines in place of the models that they name."""
+
+import inspect
+import re
+import shlex
+from functools import partial, wraps
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import torch
+from PIL import Image
+
+from support.zoo import ENTRIES
+from support.zoo.parts import pil
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+STAND_INS = {  # entries of the zoo, one for each pipeline that a page loads of a model
+    "black-forest-labs/FLUX.1-dev": ["flux", "flux-inpaint", "flux-img2img"],
+    "black-forest-labs/FLUX.1-Kontext-dev": ["flux-kontext"],
+    "Qwen/Qwen-Image": ["qwen"],
+    "Qwen/Qwen-Image-Edit": ["qwen-edit"],
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ["wan"],
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ["wan22"],
+    "stabilityai/stable-diffusion-3.5-medium": ["sd3"],
+    "Alpha-VLLM/Lumina-Next-SFT-diffusers": ["lumina"],
+}
+
+
+def examples(page):
+    """The blocks of Python on a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+def commands(page):
+    """Our commands on a page, lines of shell and those named in the text: module and options."""
+    shell, text = [], ""
+    for i, part in enumerate(re.split(r"^```", page.read_text(), flags=re.M)):
+        language, _, block = part.partition("\n")
+        shell += block.splitlines() if i % 2 and language in ("", "sh") else []
+        text += "" if i % 2 else part
+    named = [span.replace("\n", " ") for span in re.findall(r"`(python -m [^`]+)`", text)]
+    ours = re.compile(r"(?:\S*/)?(?:python -m (benchmarks\S*)|ras(?= ))(.*)")
+    single = [each for line in [*shell, *named] for each in line.split(" && ")]
+    found = [match for match in map(ours.fullmatch, single) if match]
+    return [(match[1] or "ras.cli", shlex.split(match[2])) for match in found]
+
+
+def stand_in(cls, model):
+    """A tiny pipeline of the class that takes what the real one takes, and draws what it likes."""
+    built = [ENTRIES[name].build() for name in STAND_INS[model]]
+    pipe, draw = next((pipe, draw) for pipe, draw in built if isinstance(pipe, cls))
+    kind = type(pipe)
+    taken = inspect.signature(kind.__call__)
+
+    def __call__(self, *args, **call):
+        given = taken.bind(self, *args, **call)
+        given.apply_defaults()
+        draw(given.arguments["num_inference_steps"], on=partial(kind.__call__, self))
+        return SimpleNamespace(images=[pil()], frames=[[pil()] * 9])
+
+    at_home = {  # on a machine without a GPU
+        "to": lambda self, *_, **__: self,
+        "enable_model_cpu_offload": lambda self: kind.enable_model_cpu_offload(self, device="cpu"),
+        "enable_group_offload": lambda self, onload_device, **options: kind.enable_group_offload(
+            self, onload_device=torch.device("cpu"), **options
+        ),
+    }
+    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": __call__, **at_home})
+    return pipe
+
+
+def put_stand_ins(monkeypatch, folder):
+    """Have `from_pretrained` give tiny pipelines, in a folder with pictures to read."""
+    real, compiled = diffusers.DiffusionPipeline.from_pretrained.__func__, torch.compile
+
+    def from_pretrained(cls, model, **options):
+        if Path(model).is_dir():
+            return real(cls, model, **options)
+        assert options.keys() <= {"torch_dtype"}
+        return stand_in(cls, model)
+
+    @wraps(compiled)
+    def compile_quickly(*args, mode=None, **options):
+        return compiled(*args, **options, backend="eager")
+
+    monkeypatch.chdir(folder)
+    pil().resize((96, 96)).save("photo.png")
+    mask = Image.new("L", (96, 96))
+    mask.paste(255, (0, 0, 32, 32))
+    mask.save("mask.png")
+    patched = classmethod(from_pretrained)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", patched)
+    monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, path: path)
+    monkeypatch.setattr(torch, "compile", compile_quickly)
