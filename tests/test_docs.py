@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from support.pages import PAGES, ROOT, commands, examples, put_stand_ins
+from support.pages import PAGES, ROOT, commands, examples, outputs, put_stand_ins
 from support.zoo import ENTRIES
 
 import ras
@@ -25,12 +25,16 @@ class Parsed(Exception):
 
 @pytest.mark.filterwarnings("error::ras.RASWarning")
 @pytest.mark.parametrize("page", SHOWING, ids=lambda page: page.stem)
-def test_examples(page, monkeypatch, tmp_path):
-    """One after the other, as a reader would run them."""
+def test_examples(page, monkeypatch, tmp_path, capsys):
+    """One after the other, as a reader would run them; they print what the page shows."""
     put_stand_ins(monkeypatch, tmp_path)
     names = {}
-    for block in examples(page):
-        exec(compile(block, page.name, "exec"), names)
+    for i, block in enumerate(examples(page)):
+        file = tmp_path / f"{page.stem}_{i}.py"  # Triton reads the source of kernels
+        file.write_text(block)
+        exec(compile(block, file, "exec"), names)
+    printed = capsys.readouterr().out
+    assert [text for text in outputs(page) if text.strip() not in printed] == []
 
 
 @pytest.mark.parametrize("page", [*filter(commands, PAGES)], ids=lambda page: page.stem)
@@ -59,10 +63,12 @@ def test_commands(page, monkeypatch, tmp_path):
 
 
 def test_the_site(tmp_path):
-    """It is built without a warning, every page is in its menu, and it has every call."""
+    """It is built without a warning, its menu and llms.txt have every page, and it every call."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    links = re.findall(r"\]\((.+?)\)", (tmp_path / "llms.txt").read_text())
+    assert sorted(links) == sorted(path.name for path in tmp_path.glob("*.md"))
     for package, page in ((ras, "reference"), (ras_kernels, "kernels-reference")):
         html = (tmp_path / page / "index.html").read_text()
         told = re.findall(r'id="ras(?:_kernels)?\.(?:api\.|check\.)?(\w+)"', html)

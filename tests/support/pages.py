@@ -33,6 +33,11 @@ def examples(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
 
 
+def outputs(page):
+    """What they print, where the page shows it."""
+    return re.findall(r"^```text\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
 def commands(page):
     """Our commands on a page, lines of shell and those named in the text: module and options."""
     shell, text = [], ""
@@ -57,12 +62,20 @@ def stand_in(cls, model):
     def __call__(self, *args, **call):
         given = taken.bind(self, *args, **call)
         given.apply_defaults()
-        draw(given.arguments["num_inference_steps"], on=partial(kind.__call__, self))
+        prompt, more = given.arguments.get("prompt"), {}
+        if isinstance(prompt, list):
+            more["num_images_per_prompt"] = len(prompt)
+        on = partial(kind.__call__, self)
+        latents = draw(given.arguments["num_inference_steps"], on=on, **more)
+        if not given.arguments["return_dict"]:
+            return (latents,)
         return SimpleNamespace(images=[pil()], frames=[[pil()] * 9])
 
     at_home = {  # on a machine without a GPU
         "to": lambda self, *_, **__: self,
-        "enable_model_cpu_offload": lambda self: kind.enable_model_cpu_offload(self, device="cpu"),
+        "enable_model_cpu_offload": lambda self, **_: kind.enable_model_cpu_offload(
+            self, device="cpu"
+        ),
         "enable_group_offload": lambda self, onload_device, **options: kind.enable_group_offload(
             self, onload_device=torch.device("cpu"), **options
         ),
@@ -82,8 +95,8 @@ def put_stand_ins(monkeypatch, folder):
         return stand_in(cls, model)
 
     @wraps(compiled)
-    def compile_quickly(*args, mode=None, **options):
-        return compiled(*args, **options, backend="eager")
+    def compile_nothing(*args, **options):  # which would take long, and has tests of its own
+        return inspect.signature(compiled).bind(*args, **options).arguments["model"]
 
     monkeypatch.chdir(folder)
     pil().resize((96, 96)).save("photo.png")
@@ -93,4 +106,4 @@ def put_stand_ins(monkeypatch, folder):
     patched = classmethod(from_pretrained)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", patched)
     monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, path: path)
-    monkeypatch.setattr(torch, "compile", compile_quickly)
+    monkeypatch.setattr(torch, "compile", compile_nothing)
