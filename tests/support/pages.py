@@ -76,9 +76,6 @@ def stand_in(cls, model):
         "enable_model_cpu_offload": lambda self, **_: kind.enable_model_cpu_offload(
             self, device="cpu"
         ),
-        "enable_group_offload": lambda self, onload_device, **options: kind.enable_group_offload(
-            self, onload_device=torch.device("cpu"), **options
-        ),
     }
     pipe.__class__ = type(kind.__name__, (kind,), {"__call__": __call__, **at_home})
     return pipe
