@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from einops import rearrange
@@ -30,9 +31,17 @@ def may_follow(planned: RunPlan, clock: Clock) -> bool:
     return asked and can_follow(planned, clock) and (config.speedup is None or not planned.dense)
 
 
-def begin(run: Run, family: Family, layout: Layout, latents: Any, margin: int) -> Edit | None:
-    """What an edit is told by, of the latents of a run's first call; None without a picture."""
+def begin(
+    run: Run, family: Family, layout: Layout, latents: Any, margin: int, beside: Tensor | None
+) -> Edit | None:
+    """What an edit is told by, of the latents of a run's first call; None without a picture.
+
+    `beside` is the picture outside of a mask, which some models get in channels of the latents.
+    """
     found = original(latents, layout)
+    in_channels = beside is not None and math.prod(latents.shape[1:]) > math.prod(beside.shape[1:])
+    if found is None and run.masked is not None and in_channels:
+        found = beside
     packed = None if found is None else family.pack(found, layout.grid)
     if packed is None:
         return None

@@ -87,10 +87,16 @@ def _as_mask_if_one(value: Any) -> Tensor | None:
 
 
 class MaskWatch:
-    """Keeps the mask that an inpainting pipeline prepares for its run."""
+    """Keeps the mask that an inpainting pipeline prepares for its run.
+
+    Attributes:
+        mask: The mask; None before there is one.
+        picture: What the pipeline has made of the picture beside the mask, as its model may get it.
+    """
 
     def __init__(self, pipe: Any) -> None:
         self.mask: Tensor | None = None
+        self.picture: Tensor | None = None
         self._pipe = weakref.ref(pipe)
         prepare, watch = type(pipe).prepare_mask_latents, weakref.ref(self)
 
@@ -102,7 +108,11 @@ class MaskWatch:
             if seen is not None and self is seen._pipe():
                 given = signature.bind(self, *args, **kwargs).arguments
                 seen.mask = _as_mask_if_one(given.get("mask", given.get("mask_image")))
-            return prepare(self, *args, **kwargs)
+            prepared = prepare(self, *args, **kwargs)
+            if seen is not None and self is seen._pipe():
+                pair = isinstance(prepared, tuple) and len(prepared) == 2
+                seen.picture = prepared[1] if pair else None
+            return prepared
 
         pipe.prepare_mask_latents = types.MethodType(prepare_mask_latents, pipe)
 

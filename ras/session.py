@@ -203,7 +203,9 @@ class Session:
         run.layouts[form] = layout
         leads = not run.calls
         if leads and not run.stage and (run.follows_edit or self.config.preserve):
-            run.edit = begin(run, mount.family, layout, latents, self.config.mask_margin)
+            watch, margin = self._mask_watch, self.config.mask_margin
+            beside = None if watch is None else watch.picture
+            run.edit = begin(run, mount.family, layout, latents, margin, beside)
             run.follows_edit = run.follows_edit and run.edit is not None
             if run.edit is None and self.config.preserve:
                 self._warn(
@@ -598,7 +600,7 @@ class Session:
         if run is not None:
             run.selection = run.carry = run.lesson = run.edit = None
         if self._mask_watch is not None:  # the next run may be another pipeline's
-            self._mask_watch.mask = None
+            self._mask_watch.mask = self._mask_watch.picture = None
 
     def stats(self) -> Stats:
         told = tuple(self._warnings.values())

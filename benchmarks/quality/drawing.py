@@ -153,11 +153,20 @@ def draw(
         num_inference_steps=steps,
         output_type="np" if kind == "DiTPipeline" else "latent",
     ).images
-    if kind == "DiTPipeline":
-        return torch.from_numpy(end).movedim(-1, 1)
-    if kind == "FluxKontextPipeline":
-        return pipe._unpack_latents(end, sd3.SIDE, sd3.SIDE, pipe.vae_scale_factor)
-    return end
+    return torch.from_numpy(end).movedim(-1, 1) if kind == "DiTPipeline" else unpacked(pipe, end)
+
+
+def packed(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents `(B, C, H, W)` in the form that the pipeline steps."""
+    flux = type(pipe).__name__ == "FluxKontextPipeline"
+    return pipe._pack_latents(latents, *latents.shape) if flux else latents
+
+
+def unpacked(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents `(B, C, H, W)` of what the pipeline ends with."""
+    flux = type(pipe).__name__ == "FluxKontextPipeline"
+    size = sd3.SIDE, sd3.SIDE, pipe.vae_scale_factor
+    return pipe._unpack_latents(latents, *size) if flux else latents
 
 
 def timed(
@@ -169,7 +178,7 @@ def timed(
         latents = pipe(**call, max_sequence_length=0, output_type="latent").images
         seconds = clock("cpu") - start
         ceiling = None if settings is None else ras.stats(pipe).speedup_ceiling
-    return decode(pipe, latents), seconds, ceiling
+    return decode(pipe, unpacked(pipe, latents)), seconds, ceiling
 
 
 def calibrate(

@@ -1,13 +1,15 @@
 """Inpainting, where activity is local: how near to the dense result each method comes, and when.
 
     python -m benchmarks.quality.inpainting
+    python -m benchmarks.quality.inpainting --model kontext
 
 An object of a drawn scene is to become another one under a square mask of 5, 20 or 50 % of the
-image, as `StableDiffusion3InpaintPipeline` does it (which takes models of 16 latent channels alone,
-and the bundled one has 8): from a strength of 0.8 on, and after each step the latents beside the
-mask are those of the scene at that noise level. Every method runs on the same scenes, masks and
-noise, after a dense run; the difference is the PSNR to the dense result under the mask. Times are
-those of the denoising loop.
+image, as `StableDiffusion3InpaintPipeline` and `FluxKontextInpaintPipeline` do it (which take
+models of 16 latent channels, and ours have 8): from a strength of 0.8 on, and after each step the
+latents beside the mask are those of the scene at that noise level. The editing model is told what
+to change of the object, and sees the scene. Every method runs on the same scenes, masks and noise,
+after a dense run; the difference is the PSNR to the dense result under the mask. Times are those of
+the denoising loop.
 """
 
 from __future__ import annotations
@@ -18,21 +20,18 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-import ras
-
 from ..commands import COUNT, as_command
-from ..model import scenes
-from ..model.sd3 import LATENT, SIDE, load
+from ..model import kontext, scenes
+from ..model.sd3 import LATENT, SIDE
 from ..tables import grid
-from .drawing import timed
+from .drawing import Item, encode, model, packed, timed
 from .measures import psnr
 
 AREAS = (0.05, 0.2, 0.5)
@@ -56,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark on the command line `argv` (default: the process's own)."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.inpainting", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", type=Path, default=ras.bundled_model())
+    parser.add_argument("--model", default="bundled", help='a folder, or "kontext"')
     parser.add_argument("--count", type=COUNT, default=16, help="scenes")
     parser.add_argument("--batch", type=COUNT, default=8)
     parser.add_argument("--steps", type=COUNT, default=STEPS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
-    pipe = load(options.model)
+    pipe = model(options.model)
     rows = [row for area in AREAS for row in measure(pipe, area, options)]
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -72,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(grid(titles, ([line.format_map(row)] for row in rows)))
 
 
-def measure(
-    pipe: StableDiffusion3Pipeline, area: float, options: argparse.Namespace
-) -> list[dict[str, Any]]:
+def measure(pipe: Any, area: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per method, for masks of one size."""
     times: dict[str, list[float]] = {}
     psnrs: dict[str, list[float]] = {}
@@ -106,29 +103,57 @@ def measure(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is to be inpainted: prompts, scenes' latents, noise, masks (B, 1, 256, 256)."""
+    """What is to be inpainted: the pipeline's inputs, latents and noise in the form that it steps,
+    which of these change, and the masks (B, 1, 256, 256)."""
 
-    prompts: list[str]
+    call: dict[str, Any]
     latents: Tensor
     noise: Tensor
+    change: Tensor
     mask: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, pipe: StableDiffusion3Pipeline, seeds: Sequence[int], area: float) -> Work:
-        images, masks, prompts = [], [], []
-        for seed in seeds:
-            scene, other = scenes.sample(SCENES + 2 * seed), scenes.sample(SCENES + 2 * seed + 1)
-            old, new = scene.objects[0], other.objects[0]
-            words = dict(shape=new.shape, colour=new.colour, texture=new.texture)
-            objects = (dataclasses.replace(old, **words), *scene.objects[1:])
-            prompts.append(dataclasses.replace(scene, objects=objects).caption())
-            images.append(torch.from_numpy(scene.draw(SIDE)).movedim(-1, 0) / 127.5 - 1)
-            masks.append(square(scenes.PLACES[old.place], area))
-        latents = pipe.vae.encode(torch.stack(images)).latent_dist.mean
+    def of(cls, pipe: Any, seeds: range, area: float) -> Work:
+        edits = type(pipe).__name__ == "FluxKontextPipeline"
+        asked = changes(seeds) if edits else [another(seed) for seed in seeds]
+        call = encode(pipe, asked)
+        del call["seeds"]
+        images = [torch.from_numpy(item.before.draw(SIDE)) for item in asked if item.before]
+        latents = pipe.vae.encode(torch.stack(images).movedim(-1, 1) / 127.5 - 1).latent_dist.mean
         latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         noise = [torch.randn(LATENT, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return cls(prompts, latents, torch.stack(noise), torch.stack(masks))
+        mask = torch.stack([square(place_of(item), area) for item in asked])
+        change = torch.nn.functional.adaptive_max_pool2d(mask, LATENT[1:]).expand(-1, *LATENT)
+        forms = (packed(pipe, each) for each in (latents, torch.stack(noise), change))
+        return cls(call, *forms, mask)
+
+
+def another(seed: int) -> Item:
+    """A scene whose first object is to become another one, told as a caption."""
+    scene, other = scenes.sample(SCENES + 2 * seed), scenes.sample(SCENES + 2 * seed + 1)
+    old, new = scene.objects[0], other.objects[0]
+    words = dict(shape=new.shape, colour=new.colour, texture=new.texture)
+    after = dataclasses.replace(
+        scene, objects=(dataclasses.replace(old, **words), *scene.objects[1:])
+    )
+    return Item(seed, after.caption(), after, scene)
+
+
+def changes(seeds: range) -> list[Item]:
+    """Unseen edits of an object that stays where it is, told as instructions."""
+    kinds = "shape", "colour", "texture"
+    found = (edit for edit in kontext.unseen() if edit.kind in kinds)
+    chosen = zip(seeds, islice(found, seeds.start, seeds.stop), strict=True)
+    return [Item(seed, edit.instruction(), edit.after, edit.before) for seed, edit in chosen]
+
+
+def place_of(item: Item) -> tuple[float, float]:
+    """Where the object is that is to change."""
+    assert item.before is not None and item.scene is not None
+    pairs = zip(item.before.objects, item.scene.objects, strict=True)
+    changed = (old for old, new in pairs if old != new)
+    return scenes.PLACES[next(changed, item.before.objects[0]).place]
 
 
 def square(centre: tuple[float, float], area: float) -> Tensor:
@@ -141,19 +166,18 @@ def square(centre: tuple[float, float], area: float) -> Tensor:
 
 
 def run(
-    pipe: StableDiffusion3Pipeline, work: Work, steps: int, settings: dict[str, Any] | None
+    pipe: Any, work: Work, steps: int, settings: dict[str, Any] | None
 ) -> tuple[Tensor, float, float | None]:
     """The images (B, 3, 256, 256) in [0, 1], the seconds, and the ceiling on the speed-up."""
     pipe.scheduler.set_timesteps(steps)
     begin = round((1 - STRENGTH) * steps)
-    change = torch.nn.functional.adaptive_max_pool2d(work.mask, LATENT[1:])
 
     def at(sigma: Tensor) -> Tensor:
         return torch.lerp(work.latents, work.noise, sigma)
 
     def keep(pipe: Any, step: int, timestep: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         beside = at(pipe.scheduler.sigmas[step + 1])
-        return {"latents": torch.lerp(beside, state["latents"], change)}
+        return {"latents": torch.lerp(beside, state["latents"], work.change)}
 
     if settings is not None:
         mask = work.mask if settings.get("mask", True) else None
@@ -161,13 +185,11 @@ def run(
     return timed(
         pipe,
         settings,
-        prompt=work.prompts,
+        **{"height": SIDE, "width": SIDE, **work.call},
         latents=at(pipe.scheduler.sigmas[begin]),
         sigmas=torch.linspace(1, 1 / 1000, steps)[begin:].tolist(),
         callback_on_step_end=keep,
         guidance_scale=4.0,
-        height=SIDE,
-        width=SIDE,
     )
 
 

@@ -66,13 +66,13 @@ class Edit:
         """The tokens, `(S, N, C)`, with the picture's where nothing is edited.
 
         Regions at the edge of what is edited are a mixture, by how many of the nine around them are
-        edited, so that no seam shows.
+        edited, so that no seam shows; without a margin there are none to spare for that.
         """
         if self.regions is None:
             return tokens
         inside = self.regions.unflatten(1, self._grid)[:, None].float()
         around = F.avg_pool2d(inside, 3, stride=1, padding=1, count_include_pad=False)
-        weight = (inside * around).flatten(1)[..., None]
+        weight = (inside * around if self._margin else inside).flatten(1)[..., None]
         mixed = torch.lerp(self._original, tokens.float(), weight)
         return torch.where(weight > 0, mixed, self._original).to(tokens.dtype)
 

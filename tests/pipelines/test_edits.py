@@ -1,11 +1,13 @@
 """Runs that compute what an edit changes, against the oracle; and what is kept of the picture."""
 
+import functools
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from PIL import Image
 from support.oracle import NOBODY, relative_error
 from support.runs import by_oracle
 from support.zoo import ENTRIES, flux, packed
@@ -329,6 +331,37 @@ def test_whole_runs_preserve_too(settings):
     latents, _, stats, _ = noted(pipe, call, preserve=True, **settings)
     outside = ~stats.edited.flatten(1)
     assert torch.equal(latents[outside], picture_[outside])
+
+
+@pytest.mark.parametrize("margin", [0, 1])
+def test_a_picture_in_the_channels_stays_beside_the_mask(margin):
+    """As the model gets it; the mask's own regions are free, with a margin for the seam or none."""
+    pipe, call = ENTRIES["flux-fill"].build()
+    mask = Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (0, 0, 40, 40))
+    given, prepare = [], type(pipe).prepare_mask_latents
+
+    @functools.wraps(prepare)
+    def noted(self, *args, **kwargs):
+        prepared = prepare(self, *args, **kwargs)
+        given.append(prepared[1])
+        return prepared
+
+    with mock.patch.object(type(pipe), "prepare_mask_latents", noted):
+        with ras.enabled(pipe, speedup=2, mask_margin=margin):
+            free = call(STEPS, mask_image=mask)
+        with ras.enabled(pipe, speedup=2, mask_margin=margin, preserve=True):
+            latents, stats = call(STEPS, mask_image=mask), ras.stats(pipe)
+    inside = stats.edited[0]
+    expected = torch.zeros_like(inside)
+    expected[: 3 + margin, : 3 + margin] = True
+    assert torch.equal(inside, expected) and stats.warnings == ()
+    inside = inside.flatten()
+    picture_ = given[-1][:, :, : latents.shape[-1]]
+    assert torch.equal(latents[:, ~inside], picture_[:, ~inside])
+    own = torch.zeros_like(expected)
+    own[:3, :3] = True
+    assert torch.equal(latents[:, own.flatten()], free[:, own.flatten()])
 
 
 def test_nothing_to_preserve_is_said():
