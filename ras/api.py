@@ -165,9 +165,9 @@ def learn(pipe: Any, file: str | PathLike[str] | None = None) -> None:
 
     From what the noise of that run does come the plans of runs of the same model, scheduler, step
     count and guidance from then on, whatever the prompt, size or speed-up; others are planned as
-    before. One sample moves plans but little; a batch of six, or as many runs one after another,
-    which add up, count for 40 %. docs/results.md has figures.
-    `print(ras.stats(pipe).config.learned)` tells what it gains by the error model.
+    before, and so are those that would gain less than half a dB by the error model. One sample
+    moves plans but little; a batch of six, or as many runs one after another, which add up, count
+    for 40 %. `print(ras.stats(pipe).config.learned)` tells what it gains by the error model.
 
     Args:
         pipe: An enabled pipeline, or a bare transformer.

@@ -244,6 +244,11 @@ def speedup_of(plan: Plan, layout: Layout, config: RASConfig) -> float:
     )
 
 
+def dense_steps(shares: Sequence[float]) -> list[int]:
+    """The steps that compute all tokens."""
+    return [step for step, share in enumerate(shares) if share == DENSE]
+
+
 def as_plan(value: Any) -> Plan:
     """A plan from what a user may give for one: a `Plan`, a file's path, or the shares.
 

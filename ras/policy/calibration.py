@@ -27,7 +27,7 @@ from ..denoisers import transformers_of
 from ..files import read_json, write_text
 from ..fingerprint import GUIDANCE, differences, of_call, of_model, of_run, of_weights, plain
 from ..layout import Layout
-from ..plan import DENSE, SKIP, Plan, speedup_of
+from ..plan import DENSE, SKIP, Plan, dense_steps, speedup_of
 from ..run import Run
 from ..sessions import session_of
 from ..slots import StepWatch
@@ -211,7 +211,7 @@ def factors(
 ) -> tuple[float, ...]:
     """The extrapolation of each step that amounts to the model's gain there (see `ras.output`)."""
     found = [0.0] * len(shares)
-    dense = [step for step, share in enumerate(shares) if share == DENSE]
+    dense = dense_steps(shares)
     for before, last, end in zip(dense, dense[1:], [*dense[2:], len(shares)], strict=False):
         steps = np.arange(last + 1, end)
         behind = abs(position(sigmas[last]) - position(sigmas[before]))
@@ -274,8 +274,7 @@ def neighbours(
             split.add(tuple(plan))
 
     def error(plan: tuple[float, ...]) -> float:
-        dense = [step for step, share in enumerate(plan) if share == DENSE]
-        return model.error(dense)
+        return model.error(dense_steps(plan))
 
     moves, splits = sorted(moved, key=error), sorted(split, key=error)
     triples = zip_longest(moves[::2], moves[1::2], splits)

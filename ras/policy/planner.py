@@ -10,8 +10,9 @@ from typing import Any
 from ..clock import EXTRAPOLATION, Clock
 from ..config import DEFAULT_SPEEDUP, EDITED, RASConfig
 from ..layout import Layout
-from ..plan import DENSE, SKIP, Plan, RunPlan, speedup_of
-from .error_model import ErrorModel, brownian, covariance
+from ..plan import DENSE, SKIP, Plan, RunPlan, dense_steps, speedup_of
+from .error_model import Array, ErrorModel, brownian, covariance
+from .learning import WORTH
 from .paper import paper_plan, resets
 
 TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
@@ -19,7 +20,7 @@ MASK_PAYS = 0.35  # cost of a partial step, in dense ones, above which a mask is
 FEW = 12  # steps, below which little is reused, see `plan_run` and `ras.policy.carry`
 FEWEST = 10  # steps, below which what is left out is spread by `brownian`, and evenly: `covariance`
 # favours the first steps, and left so much to them that 2x in 4 steps was 8 dB worse
-PARTIALS = 2  # for each dense step, under a mask
+PARTIALS = 1  # for each dense step, under a mask
 PARTIALS_OF_EDITS = 0.5  # the same beside a picture, whose part that stays behind goes stale
 
 
@@ -121,35 +122,43 @@ def _of_least_error(
     pinned |= {step for step, share in enumerate(done) if share == DENSE}
     past = {*range(len(done))} - pinned
     hold = config.extrapolation == 0
-    kernel, learned = covariance(clock, config.extrapolation or EXTRAPOLATION), config.learned
-    if learned is not None and learned.fits(clock, dict(here)):
-        kernel = learned.covariance(kernel)
-    elif steps < FEWEST and clock.prediction == "flow":
-        kernel = brownian(clock)
+    prior = covariance(clock, config.extrapolation or EXTRAPOLATION)
     even = steps < FEWEST
-    model = ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
-    if not layout.grid:
-        return plan_whole(model, speedup, pinned)
-    if masked_tokens is not None and mask_pays(config, layout, masked_tokens):
-        return plan_masked(
+
+    def model_of(kernel: Array) -> ErrorModel:
+        return ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
+
+    def planned(model: ErrorModel) -> Plan:
+        if not layout.grid:
+            return plan_whole(model, speedup, pinned)
+        if masked_tokens is not None and mask_pays(config, layout, masked_tokens):
+            return plan_masked(
+                model,
+                speedup,
+                layout,
+                reuse_text=config.reuse_text,
+                pinned=pinned,
+                masked_tokens=masked_tokens,
+                done=done,
+            )
+        plan = plan_speedup(
             model,
             speedup,
             layout,
             reuse_text=config.reuse_text,
             pinned=pinned,
-            masked_tokens=masked_tokens,
+            share=None if isinstance(config.sample_ratio, str) else config.sample_ratio,
             done=done,
         )
-    plan = plan_speedup(
-        model,
-        speedup,
-        layout,
-        reuse_text=config.reuse_text,
-        pinned=pinned,
-        share=None if isinstance(config.sample_ratio, str) else config.sample_ratio,
-        done=done,
-    )
-    return _with_mask(plan, config, masked_tokens, layout)
+        return _with_mask(plan, config, masked_tokens, layout)
+
+    usual = planned(model_of(brownian(clock) if even and clock.prediction == "flow" else prior))
+    if config.learned is None or not config.learned.fits(clock, dict(here)):
+        return usual
+    taught = model_of(config.learned.covariance(prior))
+    plan = planned(taught)
+    gain = taught.gain(dense_steps(plan.shares), dense_steps(usual.shares))
+    return plan if gain >= WORTH else usual
 
 
 def plan_whole(model: ErrorModel, speedup: float, pinned: Collection[int] = ()) -> Plan:
@@ -268,7 +277,7 @@ def add_partial(
     `(1 - share)^2`: the tokens that it leaves out are those that change least.
     """
     left = (1 - share) ** 2
-    dense = [step for step, value in enumerate(shares) if value == DENSE]
+    dense = dense_steps(shares)
     free = [step for step, value in enumerate(shares) if value == SKIP and step not in model.past]
     added = (1 - left) * model.adding(dense) + left * model.error(dense)
     plans = [(added[step], dense, step) for step in free]

@@ -1,5 +1,6 @@
 """Learning: from one dense run, for all later ones like it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,8 +12,10 @@ from support.runs import run
 
 import ras
 from ras.clock import Clock
-from ras.policy import learning
-from ras.policy.error_model import covariance
+from ras.layout import Layout
+from ras.plan import dense_steps
+from ras.policy import learning, planner
+from ras.policy.error_model import ErrorModel, covariance
 from ras.policy.learning import DOUBT, Learned, covariances, mean_of, mixed
 
 pytestmark = [
@@ -29,8 +32,9 @@ def pipe():
 
 @pytest.fixture
 def trusting(monkeypatch):
-    """One sample is believed, so that a plan by it is another one."""
+    """One sample is believed, however little it says, so that a plan by it is another one."""
     monkeypatch.setattr(learning, "DOUBT", 0.1)
+    monkeypatch.setattr(planner, "WORTH", 1e-9)
 
 
 def guided_noise(pipe, **call):
@@ -139,7 +143,7 @@ def test_a_file_for_another_process(pipe, tmp_path):
     run(pipe, sd3_inputs(pipe), STEPS)
     planned = ras.plan(pipe, STEPS)
     told = str(learnt(pipe))
-    assert "1 sample of 10 steps" in told and "dB at 2x" in told
+    assert "1 sample of 10 steps" in told and "dB at 1.5x" in told
     other = pipelines.sd3()
     ras.enable(other, speedup=2, learned=file)
     run(other, sd3_inputs(other), STEPS)
@@ -179,12 +183,45 @@ def test_noise_that_is_not_finite_teaches_nothing(pipe):
     assert learnt(pipe) is None
 
 
-def test_it_gains_by_its_own_measure(pipe):
+def test_it_gains_by_its_own_measure(pipe, monkeypatch):
+    monkeypatch.setattr(learning, "WORTH", 0.0)
     ras.enable(pipe)
     ras.learn(pipe)
     run(pipe, sd3_inputs(pipe), STEPS)
     gains = [learnt(pipe).gain(speedup) for speedup in (1.25, 1.5, 2, 3, STEPS)]
     assert min(gains) >= -1e-9 and max(gains) > 0
+
+
+def still_but_for(step, size):
+    """What noise teaches that wanders as by the prior, but for a jump at one step."""
+    clock = Clock(tuple(np.linspace(1, 0, 13)))
+    prior = covariance(clock, 0.625)
+    jump = np.zeros_like(prior)
+    jump[step:, step:] = size * np.abs(prior).max()
+    return clock, Learned.of(clock, (prior + jump)[None], {})
+
+
+@pytest.mark.parametrize("size", [0.02, 0.05])
+def test_a_plan_that_gains_little_is_the_defaults(size, monkeypatch):
+    """Below half a dB; the text tells of nothing else."""
+    clock, learned = still_but_for(9, size)
+    config = ras.RASConfig(speedup=3)
+    monkeypatch.setattr(learning, "DOUBT", 1.0)
+    usual = planner.plan_run(config, clock, Layout()).plan
+    taught = dataclasses.replace(config, learned=learned)
+    ours = planner.plan_run(taught, clock, Layout()).plan
+    prior = covariance(clock, 0.625)
+    model = ErrorModel(clock.weights, learned.covariance(prior), hold=False)
+    free = model.best(4)
+    gain = model.gain(free, dense_steps(usual.shares))
+    assert free != tuple(dense_steps(usual.shares)) and gain > 0
+    if size == 0.02:
+        assert gain < 0.5 and ours == usual and learned.gain(3) == 0
+        assert "dB at 3x" not in str(learned)
+        assert "default plans are kept" in str(still_but_for(9, 0)[1])
+    else:
+        assert gain > 0.5 and tuple(dense_steps(ours.shares)) == free
+        assert learned.gain(3) == pytest.approx(gain) and f"{gain:.1f} dB at 3x" in str(learned)
 
 
 def test_who_cannot_learn(pipe, tmp_path):
