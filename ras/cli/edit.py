@@ -38,7 +38,8 @@ def main(options: argparse.Namespace) -> None:
     speedup = DEFAULT_SPEEDUP if options.speedup is None else options.speedup
     config = ras.RASConfig(speedup, sample_ratio=ratio, preserve=options.preserve)
     mask = None if options.mask is None else _read(options.mask).convert("L")
-    picture = _read(options.image) if options.image else _drawn(options)
+    shown = [("Picture", _read(options.image))] if options.image else _drawn(options)
+    picture = shown[-1][1]
     pipe = load(options, ras.bundled_model("edit"))
     _check(pipe)
     call: dict[str, Any] = {"prompt": options.instruction}
@@ -72,7 +73,8 @@ def main(options: argparse.Namespace) -> None:
     if regions is not None:
         told.insert(0, f"{report['edited']:.0%} edited")
     panels = [
-        ("Picture", of_size),
+        *((title, each.resize(image.size, Image.Resampling.LANCZOS)) for title, each in shown[:-1]),
+        (shown[-1][0], of_size),
         (f"Dense · {report['seconds_dense']:.2f} s", dense[0].image),
         (f"RAS · {report['seconds_ras']:.2f} s", image),
     ]
@@ -92,14 +94,14 @@ def _read(path: str) -> Image.Image:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _drawn(options: argparse.Namespace) -> Image.Image:
-    """A picture by the bundled model."""
+def _drawn(options: argparse.Namespace) -> list[tuple[str, Image.Image]]:
+    """A picture by the bundled model, dense and with RAS, by their titles."""
     own = argparse.Namespace(model=None, device=options.device, dtype=options.dtype)
     call = {"prompt": options.picture, **generate.BUNDLED_CALL}
     pipe = load(own, ras.bundled_model())
-    return (
-        Job(pipe, options.device, call, 28, options.seed, ras.RASConfig()).run("picture", 28).image
-    )
+    job = Job(pipe, options.device, call, 28, options.seed, ras.RASConfig())
+    dense, sparse = job.run("picture", 28), job.run_ras("picture", 28)
+    return [("Picture, dense", dense.image), ("Picture, RAS", sparse.image)]
 
 
 def _check(pipe: Pipeline) -> None:

@@ -12,7 +12,7 @@ from ..config import DEFAULT_SPEEDUP, EDITED, RASConfig
 from ..layout import Layout
 from ..plan import DENSE, SKIP, Plan, RunPlan, dense_steps, speedup_of
 from .error_model import Array, ErrorModel, brownian, covariance
-from .learning import WORTH
+from .learning import WORTH, least_gain
 from .paper import paper_plan, resets
 
 TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
@@ -155,9 +155,9 @@ def _of_least_error(
     usual = planned(model_of(brownian(clock) if even and clock.prediction == "flow" else prior))
     if config.learned is None or not config.learned.fits(clock, dict(here)):
         return usual
-    taught = model_of(config.learned.covariance(prior))
-    plan = planned(taught)
-    gain = taught.gain(dense_steps(plan.shares), dense_steps(usual.shares))
+    taught = [model_of(kernel) for kernel in config.learned.covariances(prior)]
+    plan = planned(taught[0])
+    gain = least_gain(taught, dense_steps(plan.shares), dense_steps(usual.shares))
     return plan if gain >= WORTH else usual
 
 

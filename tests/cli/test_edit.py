@@ -196,4 +196,4 @@ def test_an_edit_of_the_picture_that_is_drawn_for_it(tmp_path, capsys):
     assert report["image"] == "drawn" and report["model"] == "bundled"
     assert 0 < report["edited"] < 0.5 and report["steps_sparse"] > 0
     assert report["psnr_db"] > 30 and report["psnr_outside_db"] > 25
-    assert Image.open(out).width > 4 * 256
+    assert Image.open(out).width > 5 * 256  # the picture, too, is there dense and with RAS
