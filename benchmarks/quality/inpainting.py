@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", default="bundled", help='a folder, or "kontext"')
     parser.add_argument("--count", type=COUNT, default=16, help="scenes")
+    parser.add_argument("--first", type=COUNT, default=1, help="the number of the first of them")
     parser.add_argument("--batch", type=COUNT, default=8)
     parser.add_argument("--steps", type=COUNT, default=STEPS)
     parser.add_argument("--json", action="store_true")
@@ -76,8 +77,10 @@ def measure(pipe: Any, area: float, options: argparse.Namespace) -> list[dict[st
     times: dict[str, list[float]] = {}
     psnrs: dict[str, list[float]] = {}
     compute: dict[str, float] = {}
-    for first in range(0, options.count, options.batch):
-        seeds = range(first, min(first + options.batch, options.count))
+    begin = options.first - 1
+    end = begin + options.count
+    for first in range(begin, end, options.batch):
+        seeds = range(first, min(first + options.batch, end))
         work = Work.of(pipe, seeds, area)
         dense, seconds, _ = run(pipe, work, options.steps, None)
         for name, (steps, settings) in methods().items():
