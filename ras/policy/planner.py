@@ -20,8 +20,8 @@ MASK_PAYS = 0.45  # cost of a partial step, in dense ones, above which a mask is
 FEW = 12  # steps, below which little is reused, see `plan_run` and `ras.policy.carry`
 FEWEST = 10  # steps, below which what is left out is spread by `brownian`, and evenly: `covariance`
 # favours the first steps, and left so much to them that 2x in 4 steps was 8 dB worse
-PARTIALS = 0.5  # for each dense step, under a mask or of what an edit changes: chosen, as MASK_PAYS,
-# on eight scenes and twelve edits under masks of 5, 20 and 50 %, of which the last gain nothing
+PARTIALS = 0.5  # for each dense step, under a mask or of what an edit changes; like `MASK_PAYS`
+# chosen on eight scenes and twelve edits under masks of 5, 20 and 50 %; the last gain nothing
 
 
 @functools.lru_cache(maxsize=64)  # a plan takes longer than it should before each of many runs
