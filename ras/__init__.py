@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ras_kernels import __version__
 
-from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, learn, plan, stats
+from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, plan, stats
 from .check import check
 from .config import RASConfig
 from .edits import put_back
@@ -12,7 +12,7 @@ from .family import Family
 from .layout import Layout, Rows
 from .plan import Plan, RunPlan
 from .policy.calibration import calibrate
-from .policy.learning import Learned
+from .policy.learning import learn
 from .session import RASWarning
 from .stats import Stats
 
@@ -21,7 +21,6 @@ BUNDLED = {"generate": "bundled", "edit": "bundled_edit"}
 __all__ = [
     "Family",
     "Layout",
-    "Learned",
     "Plan",
     "RASConfig",
     "RASWarning",

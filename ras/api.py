@@ -7,15 +7,13 @@ import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .callers import PIPELINES
-from .checks import MOST_STEPS, check_count, check_kind, shown
+from .checks import MOST_STEPS, check_count, shown
 from .clock import Clock, read_clock
 from .config import RASConfig
 from .denoisers import blocks_of, denoisers, families_of, record_of, transformers_of
@@ -160,39 +158,6 @@ def stats(model: object) -> Stats:
     return session.stats()
 
 
-def learn(pipe: Any, file: str | PathLike[str] | None = None) -> None:
-    """Learn from the next run of an enabled pipeline, which is dense, for all later ones like it.
-
-    From what the noise of that run does come the plans of runs of the same model, scheduler, step
-    count and guidance from then on, whatever the prompt, size or speed-up; others are planned as
-    before, and so are those that would gain less than half a dB by the error model. One sample
-    moves plans but little; a batch of six, or as many runs one after another, which add up, count
-    for 40 %. `print(ras.stats(pipe).config.learned)` tells what it gains by the error model.
-
-    Args:
-        pipe: An enabled pipeline, or a bare transformer.
-        file: Where to keep what is learnt, as JSON, for `ras.enable(pipe, learned=file)`.
-
-    Raises:
-        TypeError: No file's path.
-        ValueError: The model is not enabled, its settings have a plan already, whole or as
-            `sample_ratio`, or the file cannot be where it is to be.
-    """
-    session = session_of(pipe)
-    check_kind("file", file, str | PathLike | None, "a file's path, or None")
-    if session is None:
-        raise ValueError(f"this {type(pipe).__name__} is not enabled; call ras.enable on it first")
-    config = session.config
-    if config.plan is not None or (config.sample_ratio is not None and config.speedup is None):
-        raise ValueError(
-            "there is nothing to learn for settings that say what each step computes; enable with "
-            "speedup= instead of plan= or sample_ratio="
-        )
-    if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-        raise ValueError(f"file must be a file's path in a folder that there is, got {shown(file)}")
-    session.learn(file)
-
-
 def compile_repeated_blocks(model: Model, **options: Any) -> Model:
     """Have each block of the transformers compiled by itself, in place, before or after `enable`.
 
@@ -327,17 +292,15 @@ def _clock(scheduler: Any, steps: int) -> Clock:
 
 
 def _check_plan(config: RASConfig, model: object, scheduler: Any) -> None:
-    """Raise ValueError if the plan, or what was learnt, is of another model or scheduler."""
-    for name, made_for, remedy in (
-        ("plan was made for", getattr(config.plan, "made_for", ()), "calibrate one for this, or"),
-        ("file was learnt of", getattr(config.learned, "made_for", ()), "learn from this one, or"),
-    ):
-        here = of_model(transformers_of(model), scheduler) if made_for else {}
-        told = differences(dict(made_for), here, shared=True)
-        if told:
-            raise ValueError(
-                f"the {name} another model ({'; '.join(told)}); {remedy} take made_for out of it"
-            )
+    """Raise ValueError if the plan is of another model or scheduler."""
+    made_for = dict(getattr(config.plan, "made_for", ()))
+    here = of_model(transformers_of(model), scheduler) if made_for else {}
+    told = differences(made_for, here, shared=True)
+    if told:
+        raise ValueError(
+            f"the plan was made for another model ({'; '.join(told)}); calibrate one for this, or "
+            "take made_for out of it"
+        )
 
 
 def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfig:

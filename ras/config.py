@@ -12,7 +12,6 @@ from ras_kernels import METRICS
 
 from .checks import check_count, check_number, check_whole, shown
 from .plan import Plan, as_plan
-from .policy.learning import Learned, as_learned
 
 DEFAULT_SPEEDUP = 2.0
 PAPER_START, PAPER_RESETS = 4, (12, 20)  # for Stable Diffusion 3 in 28 steps
@@ -72,8 +71,6 @@ class RASConfig:
             take up on the device. How they change (`kv_correction`) is kept where there is room
             for it; where there is none for keys and values themselves, steps are whole. None sets
             no limit.
-        learned: What `ras.learn` has learnt, or its file. Runs of such a model, scheduler, step
-            count and guidance are planned by it, where they are planned for a speed-up.
         mask_margin: By how many tokens the regions that `mask` marks, or that an edit changes, are
             widened, at least 0.
         preserve: Whether the final latents of an edit are the picture's beside the mask, or
@@ -101,7 +98,6 @@ class RASConfig:
     max_cache_bytes: int | None = None
     mask_margin: int = 1
     preserve: bool = False
-    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         if self.speedup is not None:
@@ -162,8 +158,6 @@ class RASConfig:
         if self.max_cache_bytes is not None:
             check_count("max_cache_bytes", self.max_cache_bytes, 0, 2**63 - 1)
         check_count("mask_margin", self.mask_margin, 0)
-        if self.learned is not None:
-            object.__setattr__(self, "learned", as_learned(self.learned))
         check_whole("skip_num_step", self.skip_num_step)
         check_count("skip_num_step_length", self.skip_num_step_length, 0)
         if self.skip_num_step and not self.skip_num_step_length:

@@ -16,7 +16,6 @@ from .layout import Layout
 from .plan import RunPlan
 from .policy.carry import Carry
 from .policy.edits import Edit
-from .policy.learning import Lesson
 from .policy.selection import Selection
 from .stats import Tally
 
@@ -38,7 +37,6 @@ class Run:
         family: That of the transformer whose call was the step's first.
         first_index: The scheduler's `step_index` at the first step.
         selection: What regions are chosen by.
-        lesson: What the run is learnt from; None where it is not.
         carry: How much of what is expected of reused noise comes; None where it is not measured.
         active: `(S, k)` regions chosen for the step under way, or None.
         leader: The branch whose call was the step's first.
@@ -62,7 +60,6 @@ class Run:
     first_index: int | None = None
     selection: Selection | None = None
     carry: Carry | None = None
-    lesson: Lesson | None = None
     active: Tensor | None = None
     leader: Branch | None = None
     obstacle: str | None = None

@@ -6,7 +6,8 @@ import dataclasses
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ from .branches import Branches
 from .callers import calling_pipeline
 from .clock import Clock, is_set, read_clock
 from .config import EDITED, RASConfig
-from .denoisers import transformers_of
 from .fingerprint import of_model, of_run
 from .follow import begin, can_follow, follow, may_follow, preserve
 from .layout import Layout
@@ -27,7 +27,6 @@ from .mount import Mount
 from .others import cache_on
 from .plan import DENSE, SKIP, Reuse, RunPlan
 from .policy.carry import Carry
-from .policy.learning import Lesson
 from .policy.planner import FEW, plan_run, without_partial_steps
 from .policy.selection import Selection
 from .references import references_under
@@ -79,8 +78,7 @@ class Session:
         self._warnings: dict[str, str] = {}
         self._form: Any = None  # of the last call
         self._unseen_attention = False
-        self._to_learn = False  # whether the next run is to be learnt from
-        self._learns_into: Any = None  # the file for it
+        self.learnt: str | None = None  # by `ras.learn`
 
     # --- on and off ---------------------------------------------------------------------------
 
@@ -101,6 +99,22 @@ class Session:
             self._watch.remove()
         if self._mask_watch is not None:
             self._mask_watch.remove()
+
+    def replan(self, config: RASConfig) -> None:
+        """Plan runs by other settings from now on; all others than those of plans must be alike."""
+        self.config = config
+        self._forget()
+        self.run = None
+
+    @contextmanager
+    def using(self, config: RASConfig) -> Iterator[None]:
+        """Plan runs by other settings for a block."""
+        before = self.config
+        self.replan(config)
+        try:
+            yield
+        finally:
+            self.replan(before)
 
     def _follow_scheduler(self) -> Any:
         """Watch the scheduler in use, and return it."""
@@ -278,8 +292,6 @@ class Session:
         run.regions = planned.partial or run.follows_edit
         if planned.reuse is Reuse.MEASURED:
             run.carry = Carry(1.0 if clock.steps >= FEW else 0.0)
-        if self._to_learn:
-            run.lesson = Lesson()
         self._runs += 1
         self._look_around(run)
         return run
@@ -299,52 +311,16 @@ class Session:
             run.obstacle = next(changes, None)
 
     def _plan(self, clock: Clock, layout: Layout, masked: Tensor | None) -> RunPlan:
-        if self._to_learn:
-            dense = dataclasses.replace(self.config, speedup=1.0, plan=None, sample_ratio=None)
-            return plan_run(dense, clock, layout)
         count = None if masked is None else masked.shape[1]
         return plan_run(self.config, clock, layout, count, self._here(layout))
 
     def _here(self, layout: Layout) -> tuple[tuple[str, Any], ...]:
-        """What plans, and what was learnt, may have been made for."""
-        plan, learned = self.config.plan, self.config.learned
-        if not (plan and plan.made_for) and learned is None:
+        """What plans may have been made for."""
+        plan = self.config.plan
+        if not (plan and plan.made_for):
             return ()
         guidance = getattr(calling_pipeline(), "guidance_scale", None)
         return tuple({**of_model({}, self.scheduler), **of_run(layout.grid, guidance)}.items())
-
-    # --- learning -----------------------------------------------------------------------------
-
-    def learn(self, file: Any) -> None:
-        """Learn from the next run, and write what there was into a file, if one is given."""
-        self._to_learn, self._learns_into = True, file
-        self._forget()
-        self.run = None
-
-    def _take_in(self, run: Run, lesson: Lesson) -> None:
-        """Plan by what a dense run has shown from now on."""
-        guidance = getattr(calling_pipeline(), "guidance_scale", None)
-        model = self.mounts[0].transformer if self.pipeline is None else self.pipeline
-        made_for = {**of_model(transformers_of(model), self.scheduler), **of_run((), guidance)}
-        learned = lesson.learnt(run.clock, made_for)
-        if learned is None:
-            self._warn(
-                "lesson",
-                "there was nothing to learn from a run with steps left out, or with noise that is "
-                "not finite; the next one is dense, too",
-            )
-            return
-        known = self.config.learned
-        if known is not None and known.fits(run.clock, made_for):
-            learned = known.joined(learned)
-        self._to_learn = False
-        self.config = dataclasses.replace(self.config, learned=learned)
-        if self._learns_into is None:
-            return
-        try:
-            learned.save(self._learns_into)
-        except OSError as error:  # which is no reason to lose the image
-            self._warn("lesson file", f"what was learnt is in use, but in no file: {error}")
 
     def masked(self, layout: Layout) -> Tensor | None:
         """The regions under the mask, `(S, k)`, or None without one."""
@@ -503,8 +479,6 @@ class Session:
         run.tally.samples = len(noise)
         packed = self._tokens_of(run, noise)
         leader, tokens = run.leader, None if packed is None else packed[0]
-        if run.lesson is not None and first:
-            run.lesson.see(noise)
         if run.carry is not None and first and leader is not None and not run.planned.dense:
             dense = not leader.skips and leader.rows is None
             run.carry.observe(noise, sigma, dense=dense)
@@ -523,14 +497,12 @@ class Session:
         self._branches.after_step(step)
         if run.over:
             self._forget()
-            edit, lesson = run.edit, run.lesson
-            run.selection = run.carry = run.lesson = run.edit = None
+            edit = run.edit
+            run.selection = run.carry = run.edit = None
             if edit is not None:
                 run.tally.edited = edit.regions
                 if self.config.preserve:
                     preserve(run, edit, output[0])
-            if lesson is not None:
-                self._take_in(run, lesson)
         elif (
             tokens is not None
             and run.selection is not None
@@ -598,16 +570,17 @@ class Session:
         self._forget()
         run = self.run
         if run is not None:
-            run.selection = run.carry = run.lesson = run.edit = None
+            run.selection = run.carry = run.edit = None
         if self._mask_watch is not None:  # the next run may be another pipeline's
             self._mask_watch.mask = self._mask_watch.picture = None
 
     def stats(self) -> Stats:
         told = tuple(self._warnings.values())
         if self.run is None:
-            return Stats(self.config, warnings=told)
+            return Stats(self.config, learnt=self.learnt, warnings=told)
         self._note_bytes()
-        return self.run.tally.stats(self.config, self._runs, self.run.planned.plan, told)
+        found = self.run.tally.stats(self.config, self._runs, self.run.planned.plan, told)
+        return dataclasses.replace(found, learnt=self.learnt)
 
 
 def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:

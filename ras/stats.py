@@ -38,6 +38,7 @@ class Stats:
         edited: `(samples, H / p, W / p)` bool: the regions that an edit changes, as the run has
             shown, or those under the mask, with their margin; None where there is no picture to
             edit, or nobody asked.
+        learnt: What `ras.learn` has come to; None where there was nothing to learn from.
         warnings: What was warned of since `enable`.
     """
 
@@ -58,6 +59,7 @@ class Stats:
     cache_bytes: int = 0
     region_counts: Tensor | None = None
     edited: Tensor | None = None
+    learnt: str | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -96,6 +98,8 @@ class Stats:
             rows["edited regions"] = (
                 f"{', '.join(map(str, counts))} of {self.edited[0].numel()}{whole}"
             )
+        if self.learnt is not None:
+            rows["learnt"] = self.learnt
         rows |= {
             "speed-up ceiling": f"{self.speedup_ceiling:.3f}x",
             "caches": f"{self.cache_bytes:,} bytes",

@@ -18,6 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from support import pipelines
 from support.operands import calls
+from support.pipelines import sd3_inputs
 from support.snapshot import Snapshot
 
 import ras
@@ -116,7 +117,7 @@ SENSE = {
     "stats": lambda: dict(model=enabled_pipe()),
 }
 """What each takes where all is well; an option of `**call` and the like is none."""
-GIVEN = {"Learned", "RASWarning", "Rows", "RunPlan", "Stats", "bundled_model", "__version__"}
+GIVEN = {"RASWarning", "Rows", "RunPlan", "Stats", "bundled_model", "__version__"}
 """What users are given, or call without an argument."""
 WELCOME = {
     # what else makes sense, and is taken
@@ -153,7 +154,6 @@ WELCOME = {
     "RASConfig.starvation_scale": {"0", "half", "1e308"},
     "RASConfig.high_ratio": {"0"},
     "RASConfig.extrapolation": {"0", "none"},
-    "RASConfig.learned": {"none"},
     "RASConfig.kv_correction": {"true"},
     "RASConfig.reuse_text": {"true"},
     "RASConfig.keep_caches": {"true"},
@@ -205,6 +205,8 @@ def call(name, arguments):
         arguments |= dict(height=64, width=64, max_sequence_length=4)
     if name == "check":
         arguments |= dict(prompt="a", num_inference_steps=1)
+    if name == "learn":
+        arguments |= dict(sd3_inputs(pipelines.sd3()), num_inference_steps=1, output_type="latent")
     found = getattr(ras, name)(**arguments)
     if isinstance(found, contextlib.AbstractContextManager):
         with found:

@@ -142,11 +142,18 @@ def encode(pipe: DiffusionPipeline, batch: list[Item]) -> dict[str, Any]:
 
 
 def draw(
-    pipe: DiffusionPipeline, inputs: dict[str, Any], steps: int, guidance: float = GUIDANCE
+    pipe: DiffusionPipeline,
+    inputs: dict[str, Any],
+    steps: int,
+    guidance: float = GUIDANCE,
+    call: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """What the pipeline ends with: latents, (B, C, H, W), or where these are pixels, images."""
-    kind = type(pipe).__name__
-    end: Any = pipe(
+    """What the pipeline ends with: latents, (B, C, H, W), or where these are pixels, images.
+
+    `call` is called in its place.
+    """
+    kind, make = type(pipe).__name__, pipe if call is None else call
+    end: Any = make(
         **{name: value for name, value in inputs.items() if name != "seeds"},
         **({} if kind == "FluxKontextPipeline" else {"guidance_scale": guidance}),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in inputs["seeds"]],
@@ -182,10 +189,13 @@ def timed(
 
 
 def calibrate(
-    pipe: DiffusionPipeline, count: int = CALIBRATION, guidance: float = GUIDANCE
+    pipe: DiffusionPipeline,
+    count: int = CALIBRATION,
+    guidance: float = GUIDANCE,
+    call: Callable[..., Any] | None = None,
 ) -> None:
-    """A run for the methods that have to learn something of the model first."""
-    draw(pipe, encode(pipe, seen(pipe, count)), STEPS, guidance)
+    """A run for the methods that have to learn something of the model first; see `draw`."""
+    draw(pipe, encode(pipe, seen(pipe, count)), STEPS, guidance, call)
 
 
 @torch.no_grad()

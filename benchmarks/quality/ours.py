@@ -29,15 +29,14 @@ def settings(model: Path, calibrate: Callable[..., None]) -> list[Setting]:
         calibrate: Makes a run of as many prompts that are not among those to be judged.
     """
     found = [_ours("RAS", f"{speedup:g}x", speedup=speedup) for speedup in SPEEDUPS]
-    lesson: list[ras.Learned] = []  # once it is needed
+    lessons: dict[float, ras.RASConfig] = {}  # by speed-up, once they are needed
 
     def learnt(pipe: Any, speedup: float) -> Any:
-        if not lesson:
-            with ras.enabled(pipe):
-                ras.learn(pipe)
-                calibrate(pipe, LESSONS)
-                lesson.append(ras.stats(pipe).config.learned)
-        return ras.enabled(pipe, speedup=speedup, learned=lesson[0])
+        if speedup not in lessons:
+            with ras.enabled(pipe, speedup=speedup):
+                calibrate(pipe, LESSONS, call=partial(ras.learn, pipe))
+                lessons[speedup] = ras.stats(pipe).config
+        return ras.enabled(pipe, lessons[speedup])
 
     found += [
         Setting("RAS, learnt", f"{speedup:g}x", STEPS, partial(learnt, speedup=speedup))

@@ -157,11 +157,6 @@ class ErrorModel:
         """The error of a plan whose dense steps are `dense`, in ascending order from 0."""
         return float(self._each(dense).sum())
 
-    def gain(self, dense: Sequence[int], usual: Sequence[int]) -> float:
-        """By how many dB the error of a plan is less than that of the usual one."""
-        ours = self.error(dense)
-        return float(10 * np.log10(self.error(usual) / ours)) if ours > 0 else 0.0
-
     def adding(self, dense: Sequence[int]) -> Array:
         """For each step the error of the plan in which it is dense too, `(n,)`."""
         each, new = np.append(self._each(dense), 0), np.arange(self.steps)

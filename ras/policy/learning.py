@@ -1,226 +1,154 @@
-"""What dense runs tell of how a model's noise changes, and the plans of later ones by it.
-
-All that an error model needs (`ras.policy.error_model`) is the covariance of the noise,
-`K[i, j] = <v_i, v_j>` of each sample. It is scaled so that neighbouring steps in the middle of the
-run differ as they do by the prior: how much noise changes in all is of no account for a plan, and
-otherwise the sample that changes most would rule. Of m samples, the mean is mixed with the prior as
-
-    (m * mean + DOUBT * prior) / (m + DOUBT)
-
-in which six samples count for 40 %, and one for a tenth. More would suit these samples better and
-others worse: at 70 % for one, plans were up to 4 dB worse than the default's on the captions of the
-bundled model that DOUBT was chosen on (the even ones, guidance 1, 4 and 7).
-
-What dense runs do not show is how much an error of an early step grows by the end, of which the
-prior, chosen by real runs, knows something. So a plan by the mixture takes the place of the default
-only where it is nearer by `WORTH` or more, by its own measure and by that of the samples alone.
-"""
+"""Learning from one call of a pipeline: the plan by which it comes nearest, for all later ones."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import inspect
+import math
+from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from torch.utils._pytree import tree_leaves
 
-from ..checks import shown
-from ..clock import EXTRAPOLATION, Clock
-from ..files import read_json, write_text
-from ..fingerprint import differences, plain
-from .error_model import Array, ErrorModel, covariance
-
-FORMAT = 1  # of the file
-DOUBT = 9.0  # samples that the prior counts for
-WORTH = 0.5  # dB of modelled gain, from which on a plan takes the place of the default: of 25 on
-# that model (guidance 1, 4, 7, shift 1, 20 steps) those of less were -3.4 to +5.9 dB nearer in real
-# runs, whatever the measure said, and the three of more +1.3 to +5.1
-MIDDLE = 0.1, 0.97  # noise levels between which changes are compared
-SAME = 1e-4  # how much the noise levels of two runs that are alike may differ
-SHOWN = 1.5, 2.0, 2.5, 3.0  # speed-ups
+from ..checks import check_kind, shown
+from ..clock import EXTRAPOLATION
+from ..config import DEFAULT_SPEEDUP
+from ..denoisers import transformers_of
+from ..fingerprint import of_model, of_run
+from ..session import Session
+from ..sessions import session_of
+from .candidates import first_plans
+from .error_model import ErrorModel, covariance
+from .planner import plan_run
+from .trials import Trials, clock_and_layout, mixed, sure_gain
 
 
-@dataclass(frozen=True)
-class Learned:
-    """How a model's noise changes along runs of one schedule, from dense ones; `print` shows it.
+def learn(
+    pipe: DiffusionPipeline, *args: Any, file: str | PathLike[str] | None = None, **call: Any
+) -> Any:
+    """Call an enabled pipeline densely, and plan later calls by what that shows, if it pays.
+
+    From the noise of the dense run come plans; these and the default one then make the same call
+    again, from the same noise. The plan by which the samples are surely nearer to the dense ones,
+    by the mean gain in dB less two standard errors, is that of later runs of this model, scheduler,
+    step count and guidance, whatever the prompt; where there is none, the default stays. It takes a
+    call of several samples to be sure: one must gain 8 dB. `ras.stats(pipe).learnt` says what was
+    gained. `ras.calibrate` searches farther.
+
+    Args:
+        pipe: The pipeline. In its settings `speedup` is what is asked for.
+        *args, **call: What it is called with.
+        file: Where to write the plan, for `ras.enable(pipe, plan=file)`.
+
+    Returns:
+        What the pipeline returns of the dense run.
+
+    Raises:
+        TypeError: No pipeline, or no file's path.
+        ValueError: The pipeline is not enabled, its settings say already what each step computes,
+            it has a mask, the file cannot be where it is to be, or noise that is not finite.
+    """
+    session = _learner(pipe, file)
+    config = session.config
+    dense = _Call(pipe, args, call)
+    trials = Trials(pipe, [dense], session.using)
+    measured = trials.dense(replace(config, speedup=1.0), _nothing)
+    clock, layout = clock_and_layout(measured)
+    speedup = config.speedup or DEFAULT_SPEEDUP
+    prior = covariance(clock, config.extrapolation or EXTRAPOLATION)
+    kernel = mixed(np.array(measured["kernel"]), measured["samples"], prior)
+    model = ErrorModel(clock.weights, kernel, hold=config.extrapolation == 0)
+    usual = plan_run(config, clock, layout).plan
+    assert trials.run is not None
+    masked = trials.run.masked is not None
+    plans = () if masked else first_plans(model, usual, speedup, clock.sigmas, layout, config)
+    errors = {
+        plan: trials.errors(replace(config, speedup=None, plan=plan), _nothing) for plan in plans
+    }
+    gains = {
+        plan: -math.inf if found is None else sure_gain(found, errors[usual])
+        for plan, found in errors.items()
+    }
+    best = max(plans, key=gains.__getitem__, default=usual)
+    gain = gains.get(best, 0.0)
+    samples = f"{measured['samples']} sample" + "s" * (measured["samples"] > 1)
+    told = f"surely {gain:.1f} dB nearer than the default plan" if gain > 0 else "the default plan"
+    note = f"{speedup:g}x in {clock.steps} steps, learnt from {samples}: {told}"
+    here = of_model(transformers_of(pipe), session.scheduler)
+    made_for = {**here, **of_run((), measured["guidance"])}
+    plan = replace(best, note=note, made_for=made_for)
+    if gain > 0:
+        session.replan(replace(config, speedup=None, plan=plan))
+    session.learnt = note
+    if file is not None:
+        plan.save(file)
+    return dense.output
+
+
+def _learner(pipe: Any, file: Any) -> Session:
+    """The session of a pipeline that can learn."""
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"learn takes a pipeline, got {type(pipe).__name__}")
+    check_kind("file", file, str | PathLike | None, "a file's path, or None")
+    session = session_of(pipe)
+    if session is None:
+        raise ValueError(f"this {type(pipe).__name__} is not enabled; call ras.enable on it first")
+    config = session.config
+    if config.plan is not None or config.sample_ratio is not None or session.mask is not None:
+        raise ValueError(
+            "there is nothing to learn where plan=, sample_ratio= or mask= say what steps compute; "
+            "enable with speedup= alone"
+        )
+    if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+        raise ValueError(f"file must be a file's path in a folder that there is, got {shown(file)}")
+    return session
+
+
+class _Call:
+    """A call of a pipeline that is made for its output first, and then again from the same noise.
 
     Attributes:
-        clock: The noise levels.
-        kernel: The mean covariance, scaled as the module says: a row for each step, up to that.
-        samples: How many it is the mean of.
-        made_for: What it was learnt of, as `Plan.made_for`.
-
-    Raises:
-        ValueError, TypeError: What is no such thing.
+        output: What the first call returned.
     """
 
-    clock: Clock
-    kernel: tuple[tuple[float, ...], ...]
-    samples: int
-    made_for: Any = ()
+    output: Any = None
 
-    def __post_init__(self) -> None:
-        rows = tuple(tuple(map(float, row)) for row in self.kernel)
-        if [len(row) for row in rows] != list(range(1, self.clock.steps + 1)):
-            raise ValueError(f"kernel must have the rows of {self.clock.steps} steps, up to each")
-        if not all(np.isfinite(row).all() for row in rows):
-            raise ValueError("kernel must be finite")
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {shown(self.samples)}")
-        object.__setattr__(self, "kernel", rows)
-        object.__setattr__(self, "made_for", tuple(sorted(plain(dict(self.made_for)))))
+    def __init__(self, pipe: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+        self._pipe, self._args, self._call = pipe, args, call
+        leaves = tree_leaves((args, call))
+        self._generators = [each for each in leaves if isinstance(each, torch.Generator)]
+        self._begin = self._states()
+        self._made = False
 
-    @classmethod
-    def of(cls, clock: Clock, kernels: Array, made_for: Mapping[str, Any]) -> Learned:
-        """From the covariances of samples, `(m, n, n)`."""
-        prior = covariance(clock, EXTRAPOLATION)
-        return cls(clock, _rows(mean_of(kernels, prior, clock)), len(kernels), made_for)
+    def _states(self) -> list[torch.Tensor]:
+        states = [each.get_state() for each in self._generators] + [torch.get_rng_state()]
+        on_gpu = self._pipe.device.type == "cuda"
+        return states + ([torch.cuda.get_rng_state(self._pipe.device)] if on_gpu else [])
 
-    def fits(self, clock: Clock, here: Mapping[str, Any]) -> bool:
-        """Whether it is of such runs; `here` as for `Plan.unfit`."""
-        return (
-            clock.steps == self.clock.steps
-            and (clock.order, clock.prediction) == (self.clock.order, self.clock.prediction)
-            and np.allclose(clock.stages, self.clock.stages, rtol=0, atol=SAME)
-            and not differences(dict(self.made_for), here, shared=True)
-        )
+    def _go_to(self, states: list[torch.Tensor]) -> None:
+        for each, state in zip(self._generators, states, strict=False):
+            each.set_state(state)
+        torch.set_rng_state(states[len(self._generators)])
+        if len(states) > len(self._generators) + 1:
+            torch.cuda.set_rng_state(states[-1], self._pipe.device)
 
-    def covariances(self, prior: Array) -> tuple[Array, Array]:
-        """`K`, `(n, n)`, mixed with that of the prior, and alone."""
-        own = _square(self.kernel)
-        return mixed(own, self.samples, prior), own
-
-    def joined(self, other: Learned) -> Learned:
-        """What both have learnt, of runs that are alike."""
-        samples = self.samples + other.samples
-        both = self.samples * _square(self.kernel) + other.samples * _square(other.kernel)
-        return replace(self, kernel=_rows(both / samples), samples=samples)
-
-    def gain(self, speedup: float) -> float:
-        """By how many dB the modelled error of whole steps is less than that of the default plan.
-
-        0 where the default is kept.
-        """
-        count = max(round(self.clock.steps / speedup), 1)
-        prior = covariance(self.clock, EXTRAPOLATION)
-        kernels = prior, *self.covariances(prior)
-        usual, *taught = (ErrorModel(self.clock.weights, k, hold=False) for k in kernels)
-        gain = least_gain(taught, taught[0].best(count), usual.best(count))
-        return gain if gain >= WORTH else 0.0
-
-    def __str__(self) -> str:
-        runs = f"learnt from {self.samples} sample" + "s" * (self.samples > 1)
-        found = {speedup: self.gain(speedup) for speedup in SHOWN}
-        gains = [f"{gain:.1f} dB at {speedup:g}x" for speedup, gain in found.items() if gain]
-        told = f"modelled gain over the default plans: {', '.join(gains)}"
-        kept = "the default plans are kept, as no other is nearer by far"
-        return f"{runs} of {self.clock.steps} steps; {told if gains else kept}"
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write it as a JSON file that people can read, or nothing at all."""
-        pairs = {"ras_learned": FORMAT, "samples": self.samples, "stages": self.clock.stages}
-        pairs |= {"order": self.clock.order, "prediction": self.clock.prediction}
-        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in pairs.items()]
-        rows = (json.dumps([float(f"{value:.6g}") for value in row]) for row in self.kernel)
-        lines.append('  "kernel": [\n    ' + ",\n    ".join(rows) + "\n  ]")
-        made_for = (f"    {json.dumps(n)}: {json.dumps(value)}" for n, value in self.made_for)
-        lines.append('  "made_for": {\n' + ",\n".join(made_for) + "\n  }")
-        write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Learned:
-        """Read what `save` wrote. Raises ValueError if the file is nothing learnt."""
+    def __call__(self) -> None:
+        if not self._made:
+            self.output, self._made = self._pipe(*self._args, **self._call), True
+            return
+        call, after = dict(self._call), self._states()
+        if "output_type" in inspect.signature(type(self._pipe).__call__).parameters:
+            call["output_type"] = "latent"
+        self._go_to(self._begin)
         try:
-            found = read_json(path)
-            if not isinstance(found, dict) or found.get("ras_learned") != FORMAT:
-                raise ValueError(f'it does not say "ras_learned": {FORMAT}')
-            clock = Clock(tuple(found["stages"]), found["order"], found["prediction"])
-            return cls(clock, found["kernel"], found["samples"], found["made_for"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is nothing that ras.learn wrote: {error}") from None
+            self._pipe(*self._args, **call)
+        finally:
+            self._go_to(after)  # as if there had been the first call alone
 
 
-def least_gain(models: Sequence[ErrorModel], dense: Sequence[int], usual: Sequence[int]) -> float:
-    """By how many dB a plan is nearer than the usual one, by the model that makes least of it."""
-    return min(model.gain(dense, usual) for model in models)
-
-
-def as_learned(value: Any) -> Learned:
-    """What was learnt, from that or its file.
-
-    Raises:
-        TypeError: Something else.
-        ValueError: A file that is something else.
-        OSError: A file that cannot be read.
-    """
-    if isinstance(value, Learned):
-        return value
-    if isinstance(value, str | PathLike):
-        return Learned.load(value)
-    raise TypeError(f"learned must be what ras.learn learnt or its file, got {shown(value)}")
-
-
-class Lesson:
-    """The noise of a dense run, step by step."""
-
-    def __init__(self) -> None:
-        self._noise: list[Tensor] = []
-
-    def see(self, noise: Tensor) -> None:
-        """See the guided noise of a step, `(S, ...)`."""
-        self._noise.append(noise.clone())
-
-    def learnt(self, clock: Clock, made_for: Mapping[str, Any]) -> Learned | None:
-        """What there was to learn; None if steps are missing, or noise is not finite.
-
-        One read of the device.
-        """
-        if len(self._noise) != clock.steps or len({noise.shape for noise in self._noise}) > 1:
-            return None
-        kernels = covariances(self._noise)
-        return Learned.of(clock, kernels, made_for) if np.isfinite(kernels).all() else None
-
-
-def covariances(noise: Sequence[Tensor]) -> Array:
-    """`<v_i, v_j>` of each sample, `(S, n, n)`, of the noise of n steps, each `(S, ...)`."""
-    samples = zip(*noise)  # one by one, as doubles are large
-    flats = (torch.stack([step.flatten().double() for step in sample]) for sample in samples)
-    return torch.stack([flat @ flat.T for flat in flats]).cpu().numpy()
-
-
-def mean_of(kernels: Iterable[Array], prior: Array, clock: Clock) -> Array:
-    """The mean of samples' covariances, each scaled to the prior's change in mid-run."""
-    low, high = MIDDLE
-    sigmas = np.array(clock.sigmas[:-1])
-    pairs = (sigmas[:-1] <= high) & (sigmas[1:] >= low)
-    pairs = pairs if pairs.any() else np.ones_like(pairs)
-
-    def change(kernel: Array) -> float:
-        """The mean square change between neighbouring steps in the middle."""
-        own = np.diag(kernel)
-        each = own[:-1] + own[1:] - 2 * np.diag(kernel, 1)
-        return float(each[pairs].mean()) if pairs.size else 1.0
-
-    scales = [(kernel, change(kernel)) for kernel in kernels]
-    scaled = [kernel * (change(prior) / size) for kernel, size in scales if size > 0]
-    return np.mean(scaled, axis=0) if scaled else prior
-
-
-def mixed(kernel: Array, samples: int, prior: Array) -> Array:
-    """A mean of so many samples, mixed with the prior."""
-    return (samples * kernel + DOUBT * prior) / (samples + DOUBT)
-
-
-def _rows(kernel: Array) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row[: i + 1].tolist()) for i, row in enumerate(kernel))
-
-
-def _square(rows: tuple[tuple[float, ...], ...]) -> Array:
-    kernel = np.zeros((len(rows), len(rows)))
-    for i, row in enumerate(rows):
-        kernel[i, : i + 1] = kernel[: i + 1, i] = row
-    return kernel
+def _nothing() -> None:
+    pass

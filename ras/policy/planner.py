@@ -11,8 +11,7 @@ from ..clock import EXTRAPOLATION, Clock
 from ..config import DEFAULT_SPEEDUP, EDITED, RASConfig
 from ..layout import Layout
 from ..plan import DENSE, SKIP, Plan, RunPlan, dense_steps, speedup_of
-from .error_model import Array, ErrorModel, brownian, covariance
-from .learning import WORTH, least_gain
+from .error_model import ErrorModel, brownian, covariance
 from .paper import paper_plan, resets
 
 TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
@@ -122,43 +121,33 @@ def _of_least_error(
     pinned |= {step for step, share in enumerate(done) if share == DENSE}
     past = {*range(len(done))} - pinned
     hold = config.extrapolation == 0
-    prior = covariance(clock, config.extrapolation or EXTRAPOLATION)
     even = steps < FEWEST
-
-    def model_of(kernel: Array) -> ErrorModel:
-        return ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
-
-    def planned(model: ErrorModel) -> Plan:
-        if not layout.grid:
-            return plan_whole(model, speedup, pinned)
-        if masked_tokens is not None and mask_pays(config, layout, masked_tokens):
-            return plan_masked(
-                model,
-                speedup,
-                layout,
-                reuse_text=config.reuse_text,
-                pinned=pinned,
-                masked_tokens=masked_tokens,
-                done=done,
-            )
-        plan = plan_speedup(
+    kernel = covariance(clock, config.extrapolation or EXTRAPOLATION)
+    if even and clock.prediction == "flow":
+        kernel = brownian(clock)
+    model = ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
+    if not layout.grid:
+        return plan_whole(model, speedup, pinned)
+    if masked_tokens is not None and mask_pays(config, layout, masked_tokens):
+        return plan_masked(
             model,
             speedup,
             layout,
             reuse_text=config.reuse_text,
             pinned=pinned,
-            share=None if isinstance(config.sample_ratio, str) else config.sample_ratio,
+            masked_tokens=masked_tokens,
             done=done,
         )
-        return _with_mask(plan, config, masked_tokens, layout)
-
-    usual = planned(model_of(brownian(clock) if even and clock.prediction == "flow" else prior))
-    if config.learned is None or not config.learned.fits(clock, dict(here)):
-        return usual
-    taught = [model_of(kernel) for kernel in config.learned.covariances(prior)]
-    plan = planned(taught[0])
-    gain = least_gain(taught, dense_steps(plan.shares), dense_steps(usual.shares))
-    return plan if gain >= WORTH else usual
+    plan = plan_speedup(
+        model,
+        speedup,
+        layout,
+        reuse_text=config.reuse_text,
+        pinned=pinned,
+        share=None if isinstance(config.sample_ratio, str) else config.sample_ratio,
+        done=done,
+    )
+    return _with_mask(plan, config, masked_tokens, layout)
 
 
 def plan_whole(model: ErrorModel, speedup: float, pinned: Collection[int] = ()) -> Plan:

@@ -23,10 +23,10 @@ import ras
 from ras import cli
 from ras.clock import Clock
 from ras.layout import Layout
-from ras.policy import calibration
+from ras.policy import calibration, candidates
 from ras.policy.error_model import ErrorModel, covariance
-from ras.policy.learning import mixed
 from ras.policy.planner import plan_run, plan_speedup
+from ras.policy.trials import Trials, mixed, sure_gain
 
 pytestmark = pytest.mark.filterwarnings("error::ras.RASWarning")
 
@@ -108,7 +108,9 @@ def test_the_plan_is_the_one_that_is_surest_to_be_nearer(tmp_path, speedup, sett
 
     def surely(name):
         gains = [10 * math.log10(before / now) for before, now in zip(usual, tried[name])]
-        return statistics.mean(gains) - 2 * statistics.stdev(gains) / math.sqrt(len(gains))
+        squares = [(gain - statistics.mean(gains)) ** 2 for gain in gains]
+        spread = (sum(squares) + 16) / len(gains) if any(gains) else 0
+        return statistics.mean(gains) - 2 * math.sqrt(spread / len(gains))
 
     best = max(tried, key=surely)
     assert tried[best] == pytest.approx((wrong / size).tolist(), rel=1e-3)
@@ -119,11 +121,13 @@ def test_the_plan_is_the_one_that_is_surest_to_be_nearer(tmp_path, speedup, sett
 
 def test_a_plan_that_is_nearer_by_chance_is_not_taken():
     """One of two prompts much nearer, the other farther: nothing is sure. Both nearer: it is."""
-    assert calibration.sure_gain([1e-6, 2e-3], [1e-3, 1e-3]) < 0
-    assert calibration.sure_gain([4e-4, 5e-4], [1e-3, 1e-3]) > 0
-    assert calibration.sure_gain([1e-3, 1e-3], [1e-3, 1e-3]) == 0
-    assert calibration.sure_gain([0.0, 0.0], [1e-3, 1e-3]) > 100
-    assert calibration.sure_gain([1e-3, 1e-3], None) == math.inf
+    assert sure_gain([1e-6, 2e-3], [1e-3, 1e-3]) < 0
+    assert sure_gain([3e-4, 4e-4], [1e-3, 1e-3]) > 0
+    assert sure_gain([1e-3, 1e-3], [1e-3, 1e-3]) == 0
+    assert sure_gain([0.0, 0.0], [1e-3, 1e-3]) > 100
+    assert sure_gain([1e-3, 1e-3], None) == math.inf
+    # of one sample 8 dB is what chance may do
+    assert sure_gain([1.5e-4], [1e-3]) == pytest.approx(10 * math.log10(1 / 0.15) - 8)
 
 
 @pytest.mark.parametrize("gains, taken", [((12, 11), True), ((12, -1), False)])
@@ -131,12 +135,12 @@ def test_the_default_plan_comes_back_where_no_other_is_surely_nearer(monkeypatch
     """All other plans gain as much, on two prompts."""
     usual = None
 
-    def errors(runs, plan, config, tick):
+    def errors(trials, config, tick):
         nonlocal usual
-        usual = plan_run(ras.RASConfig(speedup=2), runs._run.clock, Layout((8, 8), 12)).plan
-        return [1e-3 * 10 ** (-0.1 * gain * (plan != usual)) for gain in gains]
+        usual = plan_run(ras.RASConfig(speedup=2), trials.run.clock, Layout((8, 8), 12)).plan
+        return [1e-3 * 10 ** (-0.1 * gain * (config.plan != usual)) for gain in gains]
 
-    monkeypatch.setattr(calibration._Runs, "errors", errors)
+    monkeypatch.setattr(Trials, "errors", errors)
     plan = calibrate(build())
     assert (plan.shares != usual.shares or plan.extrapolation is not None) == taken
     assert ("surely" in plan.note) == taken
@@ -194,19 +198,19 @@ def test_factors_amount_to_the_models_gains():
     kernel = covariance(Clock(tuple(sigmas)), 0.5) + wander @ wander.T
     model = ErrorModel(Clock(tuple(sigmas)).weights, kernel, hold=False)
     shares = (1, 0, 1, 1, 0, 0.5, 0)
-    found = calibration.factors(model, sigmas, shares)
+    found = candidates.factors(model, sigmas, shares)
     assert [found[s] for s in (0, 1, 2, 3)] == [0, 0, 0, 0]
     held = held_like(torch.zeros(1, 1, 1))
     for step, noise in ((2, 0.0), (3, 1.0)):
         merged(held, torch.full((1, 1, 1), noise), None, sigmas[step], 0.0)
     gains = model.gains(2, 3, np.arange(4, 7))
     for step, gain in zip((4, 5, 6), gains):
-        low, high = calibration.FACTORS
+        low, high = candidates.FACTORS
         if low < found[step] < high:
             assert predicted(held, sigmas[step], found[step]).item() - 1 == pytest.approx(
                 gain, abs=1e-3
             )
-    assert any(calibration.FACTORS[0] < found[s] < calibration.FACTORS[1] for s in (4, 5, 6))
+    assert any(candidates.FACTORS[0] < found[s] < candidates.FACTORS[1] for s in (4, 5, 6))
 
 
 def test_a_move_costs_what_it_saves(monkeypatch):
@@ -214,7 +218,7 @@ def test_a_move_costs_what_it_saves(monkeypatch):
     monkeypatch.setattr(calibration, "ROUNDS", 6)
     monkeypatch.setattr(calibration, "TRIED", 8)
     errors = itertools.count(1000, -1)
-    monkeypatch.setattr(calibration._Runs, "errors", lambda *args: [float(next(errors))] * 2)
+    monkeypatch.setattr(Trials, "errors", lambda *args: [float(next(errors))] * 2)
     pipe = build()
     for speedup in (1.6, 2.0):
         plan = calibrate(pipe, speedup)
@@ -226,7 +230,7 @@ def test_neighbours_are_one_move_away(tokens, text):
     shares = (1, 1, 0, 1, 0, 0.5, 0, 1, 0, 0)
     model = ErrorModel([0.1] * 10, np.eye(10), hold=False)
     layout = Layout((tokens,), text)
-    near = calibration.neighbours(model, shares, (0.25, 0.5), layout, reuse_text=False)
+    near = candidates.neighbours(model, shares, (0.25, 0.5), layout, reuse_text=False)
     assert len(near) == len(set(near)) and shares not in near
     for plan in near:
         ras.Plan(plan)
