@@ -26,6 +26,12 @@ IMAGES_BY_CHANNEL = "b (h w) (c p q) -> b c (h p) (w q)"
 VIDEOS = "b (f h w) (t p q c) -> b c (f t) (h p) (w q)"
 VIDEOS_BY_CHANNEL = "b (f h w) (c t p q) -> b c (f t) (h p) (w q)"
 
+BOTH_LISTS = {
+    "transformer_blocks.*.attn": Rows.JOINT,
+    "single_transformer_blocks.*.attn": Rows.JOINT,
+}
+"""Attention of FLUX's blocks of two streams and of one."""
+
 
 @dataclass(frozen=True)
 class Family:
