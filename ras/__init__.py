@@ -10,11 +10,14 @@ from .config import RASConfig
 from .edits import put_back
 from .family import Family
 from .layout import Layout, Rows
+from .log import follow_environment
 from .plan import Plan, RunPlan
 from .policy.calibration import calibrate
 from .policy.learning import learn
 from .session import RASWarning
 from .stats import Stats
+
+follow_environment()
 
 BUNDLED = {"generate": "bundled", "edit": "bundled_edit"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from .config import EDITED, RASConfig
 from .fingerprint import of_model, of_run
 from .follow import begin, can_follow, follow, may_follow, preserve
 from .layout import Layout
+from .log import logger
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
 from .others import cache_on
@@ -239,6 +241,8 @@ class Session:
             run.leader = None if call is None else call.branch
             step = run.step if run.observed else None
             run.tally.lead(step, skip=skip, active=None if rows is None else run.active)
+            if logger.isEnabledFor(logging.DEBUG):
+                _tell(run, layout, skip=skip, rows=rows, text_stays=stays)
         return call
 
     def _layout(self, mount: Mount, form: Any, inputs: Mapping[str, Any], scheduler: Any) -> Layout:
@@ -293,6 +297,8 @@ class Session:
         if planned.reuse is Reuse.MEASURED:
             run.carry = Carry(1.0 if clock.steps >= FEW else 0.0)
         self._runs += 1
+        signs = "".join({DENSE: "#", SKIP: "."}.get(share, "+") for share in planned.plan.shares)
+        logger.info("run %d: %s, speed-up %.2f", self._runs, signs, planned.speedup)
         self._look_around(run)
         return run
 
@@ -591,6 +597,19 @@ def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:
         return "sample_ratio="
     shares = () if config.plan is None else config.plan.shares
     return "plan=" if any(SKIP < share < DENSE for share in shares) else None
+
+
+def _tell(run: Run, layout: Layout, *, skip: bool, rows: Tensor | None, text_stays: bool) -> None:
+    """Log what a step does, by what the host knows."""
+    if skip or rows is None:
+        told = ["nothing" if skip else "all tokens"]
+    else:
+        count = rows.shape[1]
+        told = [f"{count} of {layout.tokens} tokens"]
+        told += [f"{layout.under(count)} of {layout.references} references"] * bool(layout.pictures)
+        told += ["no text"] * text_stays
+    step = f"step {run.step} of {run.clock.steps} at {run.sigma:.3f}"
+    logger.debug("%s: %s", step, ", ".join(told))
 
 
 def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:
