@@ -15,7 +15,7 @@ from .error_model import ErrorModel, brownian, covariance
 from .paper import paper_plan, resets
 
 TOLERANCE = 0.03  # how far from the speed-up that was asked for a plan may be
-MASK_PAYS = 0.45  # cost of a partial step, in dense ones, above which a mask is no use to a plan
+MASK_PAYS = 0.55  # cost of a partial step, in dense ones, above which a mask is no use to a plan
 FEW = 12  # steps, below which little is reused, see `plan_run` and `ras.policy.carry`
 FEWEST = 10  # steps, below which what is left out is spread by `brownian`, and evenly: `covariance`
 # favours the first steps, and left so much to them that 2x in 4 steps was 8 dB worse
