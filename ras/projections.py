@@ -170,7 +170,7 @@ def _finish(
 
 
 def _fuses(tokens: Tensor) -> bool:
-    on_kernels = ras_kernels.backend(tokens.device) == "triton"
+    on_kernels = ras_kernels.supports(tokens.device, tokens.dtype)
     return on_kernels and not torch.is_autocast_enabled(tokens.device.type)
 
 

@@ -11,7 +11,7 @@ checked on the CPU alone, since reading it would stall a GPU; RAS_KERNELS_CHECK_
 environment has it checked there, too).
 """
 
-from ._triton import backend
+from ._triton import backend, supports
 from .attention import sparse_attention
 from .changes import carry_tokens, update_tokens_
 from .drift import drift_scores, update_drift_
@@ -35,6 +35,7 @@ __all__ = [
     "scatter_tokens_",
     "select_regions",
     "sparse_attention",
+    "supports",
     "update_drift_",
     "update_tokens_",
 ]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,44 +21,19 @@ KINDS: dict[str, tuple[Any, str]] = {
     "int": ((Integral, torch.SymInt), "a whole number"),
     "str": (str, "text"),
 }
-"""What arguments are declared as, and what that means."""
-
-Op = TypeVar("Op", bound=Callable[..., Any])
+"""What an op's schema declares arguments as, and what that means."""
 
 
-def names_wrong_types(op: Op) -> Op:
-    """Have an op raise TypeError, with the name, for an argument that is no tensor or no number.
-
-    Types are looked at where a call has failed alone, so that they cost nothing where none has;
-    what an op writes to has not been written to then.
-    """
-    signature = inspect.signature(op)
-
-    @functools.wraps(op)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args, **kwargs)
-        try:
-            return op(*args, **kwargs)
-        except Exception:
-            _check_types(signature, args, kwargs)
-            raise
-
-    return call  # type: ignore[return-value]
-
-
-def _check_types(signature: inspect.Signature, args: Any, kwargs: Any) -> None:
-    try:
-        given = signature.bind(*args, **kwargs).arguments
-    except TypeError:  # which is what has been raised
-        return
-    for name, value in given.items():
-        declared, _, optional = signature.parameters[name].annotation.partition(" | ")
-        kind, what = KINDS[declared]
+def check_types(schema: Any, args: tuple[Any, ...]) -> None:
+    """Raise TypeError, with the name, for an argument of an op that is not of its schema's type."""
+    for argument, value in zip(schema.arguments, args):
+        declared = str(argument.type)
+        optional = declared.startswith("Optional")
+        kind, what = KINDS[declared.removeprefix("Optional[").removesuffix("]")]
         if isinstance(value, kind) or (optional and value is None):
             continue
         what += ", or None" if optional else ""
-        raise TypeError(f"{name} must be {what}; got a {type(value).__name__}") from None
+        raise TypeError(f"{argument.name} must be {what}; got a {type(value).__name__}") from None
 
 
 def check_finite(**numbers: float) -> None:
@@ -84,14 +56,20 @@ def check_index(index: Tensor, tokens: Tensor, name: str = "tokens") -> None:
         )
     if index.device != tokens.device:
         raise ValueError(f"index is on {index.device}, {name} on {tokens.device}")
-    if torch.compiler.is_compiling() or not index.numel():
+    if index.shape[1] and not tokens.shape[1]:
+        raise ValueError(
+            f"{name} has no rows for an index to name, which then must be (B, 0); got "
+            f"{shapes(tokens, index)}"
+        )
+
+
+def check_range(index: Tensor, tokens: Tensor) -> None:
+    """The values of an index into `tokens`."""
+    if not index.numel():
         return
-    if index.device.type == "cpu" or (CHECKS_INDICES and index.device.type != "meta"):
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < 0 or high >= tokens.shape[1]:
-            raise ValueError(
-                f"index must be in [0, {tokens.shape[1]}); it goes from {low} to {high}"
-            )
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= tokens.shape[1]:
+        raise ValueError(f"index must be in [0, {tokens.shape[1]}); it goes from {low} to {high}")
 
 
 def check_rows(

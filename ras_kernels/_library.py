@@ -2,60 +2,109 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, triton
+from . import _checks
+from ._plans import Run, nothing, remembered
+from ._triton import INTERPRETED, supports, triton
 
 _LIBRARY = torch.library.Library("ras_kernels", "DEF")
+
+PLANS: dict[str, Callable[..., Run]] = {}
+"""Each op's plan by its kernel, with all checks, by name."""
 
 
 def register(
     schema: str,
     *,
-    reference: Callable[..., Any],
-    launch: Callable[..., Any],
-    fake: Callable[..., Any] | None = None,
+    check: Callable[..., None],
+    reference: Run,
+    plan: Callable[..., Run | None],
+    fake: Run = nothing,
 ) -> Callable[..., Any]:
-    """Define the op `torch.ops.ras_kernels.<name>`, and return it.
+    """Define the op `torch.ops.ras_kernels.<name>`, and return a function that calls it.
 
-    `define` and `impl` cost less per call than `torch.library.custom_op` (see
-    `benchmarks.kernels`); arguments are checked before, by the public functions.
+    `define` and `impl` cost less per call than `torch.library.custom_op`. All functions take the
+    op's arguments.
 
     Args:
-        schema: Of the op, its name first; what it writes to is marked `(a!)`.
+        schema: Of the op, its name first; what it writes to is marked `(a!)`. An `index` is one of
+            rows of the first argument.
+        check: Raises ValueError for wrong arguments; of tensors it goes by all but their values.
         reference: The PyTorch definition, for all devices without a kernel.
-        launch: Launches the Triton kernel, with the same arguments.
-        fake: The shapes and dtypes of what it returns; None if that is nothing.
+        plan: A function that launches the Triton kernel on arguments of the same kind (see
+            `_plans`), or None if the kernel does not take such; it may not keep the tensors.
+        fake: The shapes and dtypes of what the op returns, if anything.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    op = getattr(torch.ops.ras_kernels, name).default
+    names = [argument.name for argument in op._schema.arguments]
+
+    at = names.index("index") if "index" in names else None
+
+    def looking(run: Run) -> Run:
+        """Look at an index's values first, if they are to be read."""
+        if at is None:
+            return run
+
+        def looked(*args: Any) -> Any:
+            index = args[at]
+            if index is not None and (index.is_cpu or _checks.CHECKS_INDICES):
+                _checks.check_range(index, args[0])
+            return run(*args)
+
+        return looked
+
+    def checked(run: Run) -> Run:
+        def after_checks(*args: Any) -> Any:
+            check(*args)
+            return run(*args)
+
+        return after_checks
+
+    def checked_plan(*args: Any) -> Run:
+        check(*args)
+        tensors = (value for value in args if isinstance(value, Tensor))
+        known = all(supports(tensor.device, tensor.dtype) for tensor in tensors)
+        return looking((plan(*args) if known else None) or reference)
+
+    PLANS[name] = checked_plan
+    planned = remembered(checked_plan)
+    _LIBRARY.impl(name, checked(looking(reference)), "CompositeExplicitAutograd")
     if triton is not None:
-        _LIBRARY.impl(name, _on_its_device(launch), "CUDA")  # AMD's GPUs too
+        _LIBRARY.impl(name, on_its_device(planned), "CUDA")  # AMD's GPUs too
     if INTERPRETED:
-        _LIBRARY.impl(name, launch, "CPU")
-    torch.library.register_fake(f"ras_kernels::{name}", fake or _nothing, lib=_LIBRARY)
-    return getattr(torch.ops.ras_kernels, name).default
+        _LIBRARY.impl(name, planned, "CPU")
+    torch.library.register_fake(f"ras_kernels::{name}", checked(fake), lib=_LIBRARY)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            check(*args)  # so that what raises is this, and no error of the compiler's about it
+            return op(*args)
+        try:
+            return op(*args)
+        except Exception as error:
+            if type(error) is not ValueError:  # PyTorch's, of arguments that it does not take
+                _checks.check_types(op._schema, args)
+                check(*args)
+            raise
+
+    return call
 
 
-def _nothing(*_: object) -> None:
-    """What an op returns that only writes."""
-
-
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(run: Run) -> Run:
     """Triton launches on the current device, which need not be that of the tensors."""
 
-    @functools.wraps(launch)
-    def run(*args: Any) -> Any:
-        device = next(value.device for value in args if isinstance(value, Tensor))
+    def run_there(*args: Any) -> Any:
+        device = args[0].device
         if device.index == torch.cuda.current_device():
-            return launch(*args)
+            return run(*args)
         with torch.cuda.device(device):
-            return launch(*args)
+            return run(*args)
 
-    return run
+    return run_there

@@ -20,27 +20,64 @@ except ImportError:  # there is none for macOS and Windows
     triton = tl = None
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+OLDEST = 80  # the compute capability that Triton supports NVIDIA's GPUs from
 
 
 def backend(device: torch.device | str) -> str:
-    """What runs the ops on tensors of `device`: `"triton"`, or `"torch"` for the definitions."""
-    kind = torch.device(device).type
-    on_triton = INTERPRETED if kind == "cpu" else triton is not None and kind == "cuda"
+    """What runs the ops on tensors of `device`: `"triton"`, or `"torch"` for the definitions.
+
+    The latter on NVIDIA's GPUs before sm_80, too, which Triton does not support.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        on_triton = INTERPRETED
+    else:
+        on_triton = triton is not None and device.type == "cuda"
+        on_triton = on_triton and not 0 < architecture(device) < OLDEST
     return "triton" if on_triton else "torch"
 
 
-@functools.cache
+def supports(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Tell whether the kernels take tensors of a device and a dtype; else the definitions run.
+
+    They do on devices of `backend` "triton", but for float64 and complex128, in which no kernel
+    computes, and in the interpreter for bfloat16, with which Triton's computes as if its bits were
+    an integer's. A layout that a kernel does not take has the definition run all the same; the
+    README's table of the ops says which.
+    """
+    if backend(device) != "triton" or dtype in (torch.float64, torch.complex128):
+        return False
+    return torch.device(device).type != "cpu" or dtype != torch.bfloat16
+
+
+@torch.compiler.assume_constant_result  # Dynamo warns of caches that it comes upon
 def architecture(device: torch.device) -> int:
     """The compute capability of an NVIDIA GPU, such as 90, or 0 for any other device."""
-    if device.type != "cuda" or torch.version.hip:
+    return capability(device) if device.type == "cuda" else 0
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    if torch.version.hip or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`; without Triton, the function, which nobody calls."""
-    return function if triton is None else triton.jit(function)
+def jit(*unspecialised: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a kernel of a function; without Triton it stays one, which nobody calls.
+
+    Args:
+        unspecialised: Names of its numbers of which no code is to be made that is for 1 or for
+            multiples of 16: that would gain nothing, and compile anew for another count of rows.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if triton is None:
+            return function
+        return triton.jit(function, do_not_specialize=unspecialised)
+
+    return decorate
 
 
 def cdiv(a: int, b: int) -> int:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from . import _triton, reference
-from ._checks import check_finite, check_floats, check_same, names_wrong_types, shapes
+from ._checks import check_finite, check_floats, check_same, shapes
 from ._library import register
+from ._plans import Run, launch
 from ._triton import cdiv, jit, next_power_of_2, tl
 
 LOG2_E = math.log2(math.e)
 
 
-@names_wrong_types
 def sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -41,13 +41,24 @@ def sparse_attention(
     Returns:
         `(B, K, H, D)`, contiguous, the dtype of `query`.
     """
+    return _attention(query, key, value, key_mask, key_lengths, scale)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float | None,
+) -> None:
     if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
         raise ValueError(
             "query must be (B, K, H, D), and key and value both (B, S, G, D); got "
             f"{shapes(query, key, value)}"
         )
     if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]) or (
-        not key.shape[2] or query.shape[2] % key.shape[2]
+        query.shape[2] % key.shape[2] if key.shape[2] else query.shape[2]
     ):
         raise ValueError(
             "query and key must agree in batch and head size, and the key's heads divide the "
@@ -72,12 +83,11 @@ def sparse_attention(
     for name, tensor in (("key_mask", key_mask), ("key_lengths", key_lengths)):
         if tensor is not None and tensor.device != key.device:
             raise ValueError(f"{name} is on {tensor.device}, key on {key.device}")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    check_finite(scale=scale)
-    return _attention(query, key, value, key_mask, key_lengths, scale)
+    if scale is not None:
+        check_finite(scale=scale)
 
 
-@jit
+@jit()
 def _attend(
     top,
     total,
@@ -118,7 +128,7 @@ def _attend(
         else:
             k1 = tl.load(key1)
         # No weight of 0 hides a NaN or an infinity: the values of masked keys are not read.
-        if MASKED or TAIL or SIZE1 > SIZE:
+        if MASKED or (TAIL or SIZE1 > SIZE):  # Triton 3.2 takes no chain of three
             v1 = tl.load(value1, mask=seen[:, None] & (d1 < SIZE)[None, :], other=0.0)
         else:
             v1 = tl.load(value1)
@@ -149,7 +159,10 @@ def _attend(
     return top, total, out1, out2
 
 
-@jit
+@jit(
+    *("query_b", "query_m", "query_h", "key_b", "key_n", "key_h", "value_b", "value_n", "value_h"),
+    *("lengths_b", "num_queries", "num_keys"),
+)
 def _attention_kernel(
     query,
     key,
@@ -168,6 +181,7 @@ def _attention_kernel(
     value_h,
     mask_b,
     mask_n,
+    lengths_b,
     num_queries,
     num_keys,
     scale,
@@ -207,7 +221,8 @@ def _attention_kernel(
     values = value + (b * value_b + h // GROUPS * value_h) * VECTOR
     mask += b * mask_b
     if LENGTHS:
-        num_keys = tl.maximum(tl.minimum(tl.load(lengths + b).to(tl.int32), num_keys), 0)
+        length = tl.load(lengths + b * lengths_b).to(tl.int64)
+        num_keys = tl.maximum(tl.minimum(length, num_keys), 0).to(tl.int32)
     whole = num_keys // BLOCK_N * BLOCK_N
     key_n *= VECTOR
     value_n *= VECTOR
@@ -263,42 +278,35 @@ def tile(head_size: int, element_size: int, architecture: int) -> Tile:
     return Tile(128, 64 if 90 <= architecture < 120 or width < 128 else 32, 8, 2)
 
 
-def _launch(
+def _plan(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
-    scale: float,
-) -> Tensor:
-    if query.dtype == torch.float64:
-        return reference.sparse_attention(query, key, value, key_mask, key_lengths, scale)
-    # What is read by rows has to have its elements side by side.
-    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    scale: float | None,
+) -> Run:
     batch, num_queries, heads, size = query.shape
-    output = query.new_empty(query.shape)
-    if not output.numel():
-        return output
-    if not key.shape[1]:
-        return output.zero_()
+    if not (query.numel() and key.shape[1]):
+        return lambda query, *_: torch.zeros_like(query, memory_format=torch.contiguous_format)
+    read = query, key, value = _side_by_side(query, key, value)
     block = tile(size, query.element_size(), _triton.architecture(query.device))
     size1, size2 = chunks(size)
-    strides = [stride for t in (query, key, value) for stride in t.stride()[:3]]
+    strides = [stride for t in read for stride in t.stride()[:3]]
     bytes_ = query.element_size()
-    starts = [t.data_ptr() // bytes_ for t in (query, key, value)]
+    starts = [t.data_ptr() // bytes_ for t in read]
     vector = math.gcd(16 // bytes_, *strides, *starts)
-    _attention_kernel[cdiv(num_queries, block.queries) * heads * batch,](
-        query,
-        key,
-        value,
-        query if key_mask is None else key_mask,
-        query if key_lengths is None else key_lengths,
-        output,
+    mask, lengths = (query if t is None else t for t in (key_mask, key_lengths))
+    attend = launch(
+        _attention_kernel,
+        (cdiv(num_queries, block.queries) * heads * batch,),
+        (query, key, value, mask, lengths, _fake(query)),
         *(stride // vector for stride in strides),
         *((0, 0) if key_mask is None else key_mask.stride()),
+        0 if key_lengths is None else key_lengths.stride(0),
         num_queries,
         key.shape[1],
-        scale * LOG2_E,
+        (size**-0.5 if scale is None else scale) * LOG2_E,
         HEADS=heads,
         GROUPS=heads // key.shape[2],
         SIZE=size,
@@ -312,17 +320,39 @@ def _launch(
         num_warps=block.warps,
         num_stages=block.stages,
     )
-    return output
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        key_lengths: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        query, key, value = _side_by_side(query, key, value)
+        output = _fake(query)
+        mask = query if key_mask is None else key_mask
+        lengths = query if key_lengths is None else key_lengths
+        attend(query, key, value, mask, lengths, output)
+        return output
+
+    return run
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    return query.new_empty(query.shape)
+def _side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """What is read by rows has to have its elements so."""
+    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+
+
+def _fake(query: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 _attention = register(
     "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, "
-    "Tensor? key_lengths, float scale) -> Tensor",
+    "Tensor? key_lengths, float? scale) -> Tensor",
+    check=_check,
     reference=reference.sparse_attention,
-    launch=_launch,
+    plan=_plan,
     fake=_fake,
 )

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floats, check_index, check_same, check_written, names_wrong_types, shapes
+from ._checks import check_floats, check_index, check_same, check_written, shapes
 from ._library import register
+from ._plans import Run, launch
 from ._triton import jit, tl
 from .rows import Tiling, elements, place, tiling
 
 
-@names_wrong_types
 def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
     """Write rows in place, and beside them by how much they differ from what was there.
 
@@ -27,6 +27,26 @@ def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: 
     Returns:
         `tokens` itself.
     """
+    _update(tokens, changes, index, rows)
+    return tokens
+
+
+def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
+    """Carry tokens on by a share of their last change: `tokens + gain * changes`, in float32.
+
+    Args:
+        tokens: `(B, S, ...)`; those beyond the first N stay as they are.
+        changes: `(B, N, ...)`, the dtype of `tokens`.
+        gain: `(B, N)` float32, the share of each; 0 for those that stay as they are, even if their
+            change is infinite or NaN.
+
+    Returns:
+        `(B, S, ...)`, contiguous, the dtype of `tokens`.
+    """
+    return _carry(tokens, changes, gain)
+
+
+def _check_update(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> None:
     check_floats(tokens=tokens)
     if tokens.ndim < 2:
         raise ValueError(f"tokens must be (B, N, ...); got {shapes(tokens)}")
@@ -41,23 +61,9 @@ def update_tokens_(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: 
     check_same(tokens=tokens, changes=changes, rows=rows)
     check_written(tokens, "tokens")
     check_written(changes, "changes")
-    _update(tokens, changes, index, rows)
-    return tokens
 
 
-@names_wrong_types
-def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
-    """Carry tokens on by a share of their last change: `tokens + gain * changes`, in float32.
-
-    Args:
-        tokens: `(B, S, ...)`; those beyond the first N stay as they are.
-        changes: `(B, N, ...)`, the dtype of `tokens`.
-        gain: `(B, N)` float32, the share of each; 0 for those that stay as they are, even if their
-            change is infinite or NaN.
-
-    Returns:
-        `(B, S, ...)`, contiguous, the dtype of `tokens`.
-    """
+def _check_carry(tokens: Tensor, changes: Tensor, gain: Tensor) -> None:
     check_floats(tokens=tokens)
     check_same(tokens=tokens, changes=changes)
     carried = changes.shape[1] if min(tokens.ndim, changes.ndim) > 1 else 0
@@ -75,10 +81,12 @@ def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
         raise ValueError(
             f"gain must be float32 on {tokens.device}; got {gain.dtype} on {gain.device}"
         )
-    return _carry(tokens, changes, gain)
 
 
-@jit
+@jit(
+    *("tokens_b", "tokens_n", "tokens_r", "changes_b", "changes_n", "changes_r"),
+    *("rows_b", "rows_k", "rows_r", "index_b", "num_rows", "columns"),
+)
 def _update_kernel(
     tokens,
     changes,
@@ -117,7 +125,10 @@ def _update_kernel(
     tl.store(here, new, mask=both)
 
 
-@jit
+@jit(
+    *("tokens_b", "tokens_n", "tokens_r", "changes_b", "changes_n", "changes_r"),
+    *("output_b", "output_n", "output_r", "gain_b", "gain_n", "num_rows", "carried", "columns"),
+)
 def _carry_kernel(
     tokens,
     changes,
@@ -154,70 +165,79 @@ def _carry_kernel(
 
 
 def _tiling(count: int, *tensors: Tensor) -> Tiling | None:
-    """As `tiling`, for kernels that compute, and take columns side by side."""
-    how = None if tensors[0].dtype == torch.float64 else tiling(count, *tensors)
+    """As `tiling`, for kernels that take columns side by side."""
+    how = tiling(count, *tensors)
     return how if how is not None and all(stride == 1 for stride in how.inner) else None
 
 
-def _launch_update(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> None:
+def _plan_update(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> Run | None:
     how = _tiling(rows.shape[1], tokens, changes, rows)
     if how is None:
-        reference.update_tokens_(tokens, changes, index, rows)
-    elif rows.numel():
-        _update_kernel[how.grid](
-            tokens,
-            changes,
-            rows if index is None else index,
-            rows,
-            *how.strides,
-            0 if index is None or len(index) == 1 else index.stride(0),
-            0 if index is None else index.stride(1),
-            rows.shape[1],
-            how.columns,
-            ALL=index is None,
-            VECTOR=how.vector,
-            BLOCK_K=how.block_k,
-            BLOCK_C=how.block_c,
-            num_warps=4,
-        )
+        return None
+    update = launch(
+        _update_kernel,
+        how.grid,
+        (tokens, changes, rows if index is None else index, rows),
+        *how.strides,
+        0 if index is None or len(index) == 1 else index.stride(0),
+        0 if index is None else index.stride(1),
+        rows.shape[1],
+        how.columns,
+        ALL=index is None,
+        VECTOR=how.vector,
+        BLOCK_K=how.block_k,
+        BLOCK_C=how.block_c,
+        num_warps=4,
+    )
+
+    def run(tokens: Tensor, changes: Tensor, index: Tensor | None, rows: Tensor) -> None:
+        update(tokens, changes, rows if index is None else index, rows)
+
+    return run
 
 
-def _launch_carry(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
-    output = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+def _plan_carry(tokens: Tensor, changes: Tensor, gain: Tensor) -> Run | None:
+    output = _fake_carry(tokens, changes, gain)
     how = _tiling(tokens.shape[1], tokens, changes, output)
     if how is None:
-        return reference.carry_tokens(tokens, changes, gain)
-    if output.numel():
-        _carry_kernel[how.grid](
-            tokens,
-            changes,
-            gain,
-            output,
-            *how.strides,
-            *gain.stride(),
-            tokens.shape[1],
-            changes.shape[1],
-            how.columns,
-            VECTOR=how.vector,
-            BLOCK_K=how.block_k,
-            BLOCK_C=how.block_c,
-            num_warps=4,
-        )
-    return output
+        return None
+    carry = launch(
+        _carry_kernel,
+        how.grid,
+        (tokens, changes, gain, output),
+        *how.strides,
+        *gain.stride(),
+        tokens.shape[1],
+        changes.shape[1],
+        how.columns,
+        VECTOR=how.vector,
+        BLOCK_K=how.block_k,
+        BLOCK_C=how.block_c,
+        num_warps=4,
+    )
+
+    def run(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
+        output = _fake_carry(tokens, changes, gain)
+        carry(tokens, changes, gain, output)
+        return output
+
+    return run
 
 
 def _fake_carry(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
-    return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
 _update = register(
     "update_tokens_(Tensor(a!) tokens, Tensor(b!) changes, Tensor? index, Tensor rows) -> ()",
+    check=_check_update,
     reference=reference.update_tokens_,
-    launch=_launch_update,
+    plan=_plan_update,
 )
 _carry = register(
     "carry_tokens(Tensor tokens, Tensor changes, Tensor gain) -> Tensor",
+    check=_check_carry,
     reference=reference.carry_tokens,
-    launch=_launch_carry,
+    plan=_plan_carry,
     fake=_fake_carry,
 )

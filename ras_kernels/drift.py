@@ -12,17 +12,16 @@ from ._checks import (
     check_index,
     check_same,
     check_written,
-    names_wrong_types,
     shapes,
 )
 from ._library import register
+from ._plans import Run, launch
 from ._triton import cdiv, jit, tl
 from .regions import BLOCK
 
 PART = 16  # columns that are summed up by themselves
 
 
-@names_wrong_types
 def update_drift_(
     last: Tensor,
     pace: Tensor,
@@ -48,8 +47,27 @@ def update_drift_(
         noise: `(B, N, C)`, a token for each region.
         position: Where the noise was predicted, in any unit of time.
     """
-    if noise.ndim != 3:
-        raise ValueError(f"noise must be (B, N, C); got {shapes(noise)}")
+    _update(last, pace, since, index, noise, position)
+
+
+def drift_scores(pace: Tensor, since: Tensor, *, position: float) -> Tensor:
+    """How far each region's noise has gone since, at its last pace: `pace * |position - since|`.
+
+    Args:
+        pace, since: `(B, N)` float32, as `update_drift_` keeps them.
+        position: Of the step to come, in the same unit.
+
+    Returns:
+        `(B, N)` float32, scores for `select_regions` with `high_ratio=0`, which keeps the highest.
+    """
+    return _scores(pace, since, position)
+
+
+def _check_update(
+    last: Tensor, pace: Tensor, since: Tensor, index: Tensor | None, noise: Tensor, position: float
+) -> None:
+    if noise.ndim != 3 or not noise.shape[2]:
+        raise ValueError(f"noise must be (B, N, C), and C at least 1; got {shapes(noise)}")
     check_floats(noise=noise)
     if last.shape != noise.shape:
         raise ValueError(f"last must be {tuple(noise.shape)} as noise; got {shapes(last)}")
@@ -62,25 +80,13 @@ def update_drift_(
     for name, tensor in (("last", last), ("pace", pace), ("since", since)):
         check_written(tensor, name)
     check_finite(position=position)
-    _update(last, pace, since, index, noise, position)
 
 
-@names_wrong_types
-def drift_scores(pace: Tensor, since: Tensor, *, position: float) -> Tensor:
-    """How far each region's noise has gone since, at its last pace: `pace * |position - since|`.
-
-    Args:
-        pace, since: `(B, N)` float32, as `update_drift_` keeps them.
-        position: Of the step to come, in the same unit.
-
-    Returns:
-        `(B, N)` float32, scores for `select_regions` with `high_ratio=0`, which keeps the highest.
-    """
+def _check_scores(pace: Tensor, since: Tensor, position: float) -> None:
     if pace.ndim != 2:
         raise ValueError(f"pace must be (B, N); got {shapes(pace)}")
     _check_columns(pace.shape, pace=pace, since=since)
     check_finite(position=position)
-    return _scores(pace, since, position)
 
 
 def _check_columns(shape: tuple[int, ...], **columns: Tensor) -> None:
@@ -93,7 +99,10 @@ def _check_columns(shape: tuple[int, ...], **columns: Tensor) -> None:
     check_same(**columns)
 
 
-@jit
+@jit(
+    *("last_b", "last_n", "noise_b", "noise_n", "pace_b", "pace_n", "since_b", "since_n"),
+    *("index_b", "num_rows"),
+)
 def _update_drift_kernel(
     last,
     pace,
@@ -146,7 +155,7 @@ def _update_drift_kernel(
     tl.store(known, tl.zeros([BLOCK], tl.float32) + position, mask=inside)
 
 
-@jit
+@jit()
 def _drift_scores_kernel(
     pace, since, scores, pace_b, pace_n, since_b, since_n, regions, position, BLOCK: tl.constexpr
 ):
@@ -158,22 +167,15 @@ def _drift_scores_kernel(
     tl.store(scores + b * regions + n, speed * tl.abs(position - then), mask=inside)
 
 
-def _launch_update(
+def _plan_update(
     last: Tensor, pace: Tensor, since: Tensor, index: Tensor | None, noise: Tensor, position: float
-) -> None:
-    if noise.dtype == torch.float64:
-        reference.update_drift_(last, pace, since, index, noise, position)
-        return
+) -> Run:
     batch, regions, columns = noise.shape
     count = regions if index is None else index.shape[1]
-    if not batch * count:
-        return
-    _update_drift_kernel[batch, cdiv(count, BLOCK)](
-        last,
-        pace,
-        since,
-        pace if index is None else index,
-        noise,
+    update = launch(
+        _update_drift_kernel,
+        (batch, cdiv(count, BLOCK)),
+        (last, pace, since, pace if index is None else index, noise),
         *last.stride(),
         *noise.stride(),
         *pace.stride(),
@@ -190,31 +192,56 @@ def _launch_update(
         num_warps=1,
     )
 
+    def run(
+        last: Tensor,
+        pace: Tensor,
+        since: Tensor,
+        index: Tensor | None,
+        noise: Tensor,
+        position: float,
+    ) -> None:
+        update(last, pace, since, pace if index is None else index, noise)
 
-def _launch_scores(pace: Tensor, since: Tensor, position: float) -> Tensor:
-    scores = pace.new_empty(pace.shape)
-    if scores.numel():
-        batch, regions = pace.shape
-        strides = *pace.stride(), *since.stride()
-        _drift_scores_kernel[batch, cdiv(regions, 1024)](
-            pace, since, scores, *strides, regions, position, BLOCK=1024, num_warps=4
-        )
-    return scores
+    return run
+
+
+def _plan_scores(pace: Tensor, since: Tensor, position: float) -> Run:
+    batch, regions = pace.shape
+    score = launch(
+        _drift_scores_kernel,
+        (batch, cdiv(regions, 1024)),
+        (pace, since, _fake_scores(pace, since, position)),
+        *pace.stride(),
+        *since.stride(),
+        regions,
+        position,
+        BLOCK=1024,
+        num_warps=4,
+    )
+
+    def run(pace: Tensor, since: Tensor, position: float) -> Tensor:
+        scores = _fake_scores(pace, since, position)
+        score(pace, since, scores)
+        return scores
+
+    return run
 
 
 def _fake_scores(pace: Tensor, since: Tensor, position: float) -> Tensor:
-    return pace.new_empty(pace.shape)
+    return torch.empty_like(pace, memory_format=torch.contiguous_format)
 
 
 _update = register(
     "update_drift_(Tensor(a!) last, Tensor(b!) pace, Tensor(c!) since, Tensor? index, "
     "Tensor noise, float position) -> ()",
+    check=_check_update,
     reference=reference.update_drift_,
-    launch=_launch_update,
+    plan=_plan_update,
 )
 _scores = register(
     "drift_scores(Tensor pace, Tensor since, float position) -> Tensor",
+    check=_check_scores,
     reference=reference.drift_scores,
-    launch=_launch_scores,
+    plan=_plan_scores,
     fake=_fake_scores,
 )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_floats, check_index, check_same, check_written, names_wrong_types, shapes
+from ._checks import check_floats, check_index, check_same, check_written, shapes
 from ._library import register
+from ._plans import Run, launch
 from ._triton import cdiv, jit, tl
 
 
-@names_wrong_types
 def linear_scatter_(
     key: Tensor,
     value: Tensor,
@@ -45,6 +44,33 @@ def linear_scatter_(
     Returns:
         `key` and `value` themselves.
     """
+    _linear_scatter(
+        key,
+        value,
+        key_changes,
+        value_changes,
+        index,
+        tokens,
+        key_weight,
+        key_bias,
+        value_weight,
+        value_bias,
+    )
+    return key, value
+
+
+def _check(
+    key: Tensor,
+    value: Tensor,
+    key_changes: Tensor | None,
+    value_changes: Tensor | None,
+    index: Tensor,
+    tokens: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+) -> None:
     if tokens.ndim != 3 or key.ndim not in (3, 4) or key.shape != value.shape:
         raise ValueError(
             "tokens must be (B, K, C), and key and value both (B, N, G, D) or (B, N, G * D); got "
@@ -84,22 +110,16 @@ def linear_scatter_(
     check_same(tokens=tokens, **written, **read)
     for name, cache in written.items():
         check_written(cache, name)
-    _linear_scatter(
-        key,
-        value,
-        key_changes,
-        value_changes,
-        index,
-        tokens,
-        key_weight,
-        key_bias,
-        value_weight,
-        value_bias,
-    )
-    return key, value
 
 
-@jit
+@jit(
+    *("key_b", "key_n", "value_b", "value_n", "key_changes_b", "key_changes_n"),
+    *(
+        "value_changes_b",
+        "value_changes_n",
+    ),
+    *("index_b", "num_rows", "outputs", "inputs"),
+)
 def _linear_scatter_kernel(
     key,
     value,
@@ -145,12 +165,14 @@ def _linear_scatter_kernel(
     tile_m = group * GROUP + program % (GROUP * tiles_n) % rows_in_group
     tile_n = program % (GROUP * tiles_n) // rows_in_group
     is_value = tile_n >= tiles_n // 2
-    weight, bias, output, output_b, output_n = key_weight, key_bias, key, key_b, key_n
-    changes, changes_b, changes_n = key_changes, key_changes_b, key_changes_n
+    weight, bias, output, changes = key_weight, key_bias, key, key_changes
+    # Strides of one type, whichever of the caches' would fit into 32 bits.
+    output_b, output_n = key_b.to(tl.int64), key_n.to(tl.int64)
+    changes_b, changes_n = key_changes_b.to(tl.int64), key_changes_n.to(tl.int64)
     if is_value:
-        weight, bias, output = value_weight, value_bias, value
-        output_b, output_n = value_b, value_n
-        changes, changes_b, changes_n = value_changes, value_changes_b, value_changes_n
+        weight, bias, output, changes = value_weight, value_bias, value, value_changes
+        output_b, output_n = value_b.to(tl.int64), value_n.to(tl.int64)
+        changes_b, changes_n = value_changes_b.to(tl.int64), value_changes_n.to(tl.int64)
         tile_n -= tiles_n // 2
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -201,7 +223,7 @@ def tile(element_size: int, vector: int) -> Tile:
     return Tile(64, 64, 32, 4, 2)
 
 
-def _launch(
+def _operands(
     key: Tensor,
     value: Tensor,
     key_changes: Tensor | None,
@@ -212,50 +234,57 @@ def _launch(
     key_bias: Tensor | None,
     value_weight: Tensor,
     value_bias: Tensor | None,
-) -> None:
-    caches = [key, value, key_changes, value_changes]
-    written = [cache for cache in caches if cache is not None]
-    read = [tokens, key_weight, value_weight]
-    batch, count, depth = tokens.shape
-    width = len(key_weight)
-    if (
-        tokens.dtype == torch.float64
-        or any(tensor.stride(-1) != 1 for tensor in (*read, *written))
-        or any(cache.ndim == 4 and cache.stride(2) != cache.shape[3] for cache in written)
-        or key_weight.stride() != value_weight.stride()
-    ):
-        reference.linear_scatter_(
-            key,
-            value,
-            key_changes,
-            value_changes,
-            index,
-            tokens,
-            key_weight,
-            key_bias,
-            value_weight,
-            value_bias,
-        )
-        return
-    if not batch * count * width:
-        return
-    strides = [
-        stride for cache in caches for stride in (key if cache is None else cache).stride()[:2]
-    ]
-    strides += [*tokens.stride()[:2], key_weight.stride(0)]
-    size = tokens.element_size()
-    starts = [tensor.data_ptr() // size for tensor in (*read, *written)]
-    vector = math.gcd(16 // size, width, depth, *strides, *starts)
-    block = tile(size, vector)
-    tiles = cdiv(batch * count, block.rows) * 2 * cdiv(width, block.outputs)
-    _linear_scatter_kernel[tiles,](
-        *(key if cache is None else cache for cache in caches),
+) -> tuple[Tensor, ...]:
+    """The kernel's tensors; for one that is not given, and then not read, any other."""
+    return (
+        key,
+        value,
+        key if key_changes is None else key_changes,
+        value if value_changes is None else value_changes,
         index,
         tokens,
         key_weight,
         value_weight,
         tokens if key_bias is None else key_bias.contiguous(),
         tokens if value_bias is None else value_bias.contiguous(),
+    )
+
+
+def _plan(
+    key: Tensor,
+    value: Tensor,
+    key_changes: Tensor | None,
+    value_changes: Tensor | None,
+    index: Tensor,
+    tokens: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+) -> Run | None:
+    written = [t for t in (key, value, key_changes, value_changes) if t is not None]
+    read = [tokens, key_weight, value_weight]
+    if (
+        any(tensor.stride(-1) != 1 for tensor in (*read, *written))
+        or any(cache.ndim == 4 and cache.stride(2) != cache.shape[3] for cache in written)
+        or key_weight.stride() != value_weight.stride()
+    ):
+        return None
+
+    caches, weights = (key, value, key_changes, value_changes), (key_weight, key_bias)
+    operands = _operands(*caches, index, tokens, *weights, value_weight, value_bias)
+    batch, count, depth = tokens.shape
+    width = len(key_weight)
+    strides = [stride for cache in operands[:4] for stride in cache.stride()[:2]]
+    strides += [*tokens.stride()[:2], key_weight.stride(0)]
+    size = tokens.element_size()
+    starts = [tensor.data_ptr() // size for tensor in (*read, *written)]
+    vector = math.gcd(16 // size, width, depth, *strides, *starts)
+    block = tile(size, vector)
+    project = launch(
+        _linear_scatter_kernel,
+        (cdiv(batch * count, block.rows) * 2 * cdiv(width, block.outputs),),
+        operands,
         *(stride // vector for stride in strides),
         0 if len(index) == 1 else index.stride(0),
         index.stride(1),
@@ -273,12 +302,14 @@ def _launch(
         num_warps=block.warps,
         num_stages=block.stages,
     )
+    return lambda *args: project(*_operands(*args))
 
 
 _linear_scatter = register(
     "linear_scatter_(Tensor(a!) key, Tensor(b!) value, Tensor(c!)? key_changes, "
     "Tensor(d!)? value_changes, Tensor index, Tensor tokens, Tensor key_weight, "
     "Tensor? key_bias, Tensor value_weight, Tensor? value_bias) -> ()",
+    check=_check,
     reference=reference.linear_scatter_,
-    launch=_launch,
+    plan=_plan,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from ._checks import (
     check_rows,
     check_same,
     check_written,
-    names_wrong_types,
 )
 from ._library import register
+from ._plans import Run, launch, nothing
 from ._triton import cdiv, jit, next_power_of_2, tl
 
 NORMS = ("rms_norm", "layer_norm_across_heads")
@@ -25,7 +26,6 @@ NORMS = ("rms_norm", "layer_norm_across_heads")
 ELEMENTS = 4096  # of a program's tile
 
 
-@names_wrong_types
 def norm_rotary(
     tokens: Tensor,
     *,
@@ -51,11 +51,9 @@ def norm_rotary(
     Returns:
         `(B, K, H, D)`, contiguous, the dtype of `tokens`.
     """
-    _check(tokens, norm, weight, bias, rotary, eps)
     return _norm_rotary(tokens, norm, weight, bias, eps, _pairs(rotary))
 
 
-@names_wrong_types
 def norm_rotary_scatter_(
     out: Tensor,
     index: Tensor,
@@ -79,15 +77,6 @@ def norm_rotary_scatter_(
     Returns:
         `out` itself.
     """
-    _check(tokens, norm, weight, bias, rotary, eps)
-    check_rows(out, index, tokens, ("out", "tokens"))
-    if changes is not None:
-        if changes.shape != out.shape:
-            raise ValueError(
-                f"changes must be {tuple(out.shape)} as out; got {tuple(changes.shape)}"
-            )
-        check_same(out=out, changes=changes)
-        check_written(changes, "changes")
     options = norm, weight, bias, eps, _pairs(rotary)
     _norm_rotary_scatter(out, changes, index, tokens, *options)
     return out
@@ -95,7 +84,11 @@ def norm_rotary_scatter_(
 
 def _pairs(rotary: Tensor | None) -> Tensor | None:
     """Real and imaginary parts: Inductor takes no complex tensors beside what an op writes to."""
-    return None if rotary is None else torch.view_as_real(rotary.resolve_conj())
+    if not isinstance(rotary, Tensor):
+        return rotary
+    if not rotary.is_complex():
+        raise ValueError(f"rotary must be complex; it is {rotary.dtype}")
+    return torch.view_as_real(rotary.resolve_conj())
 
 
 def _check(
@@ -103,8 +96,8 @@ def _check(
     norm: str | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    rotary: Tensor | None,
     eps: float,
+    rotary: Tensor | None,
 ) -> None:
     if tokens.ndim != 4:
         raise ValueError(f"tokens must be (B, K, H, D); got {tuple(tokens.shape)}")
@@ -127,16 +120,42 @@ def _check(
     if rotary is None:
         return
     shapes = [(batch, tokens.shape[1], size // 2) for batch in (tokens.shape[0], 1)]
-    if rotary.shape not in shapes or size % 2 or not rotary.is_complex():
+    found = rotary.shape[:-1]  # without that of its real and imaginary parts
+    if found not in shapes or size % 2:
         raise ValueError(
-            f"rotary must be complex of shape {shapes[0]} or {shapes[1]}; got {rotary.dtype} of "
-            f"shape {tuple(rotary.shape)}"
+            f"rotary must be complex of shape {shapes[0]} or {shapes[1]}; got one of shape "
+            f"{tuple(found)}"
         )
     if rotary.device != tokens.device:
         raise ValueError(f"rotary is on {rotary.device}, tokens on {tokens.device}")
 
 
-@jit
+def _check_scatter(
+    out: Tensor,
+    changes: Tensor | None,
+    index: Tensor,
+    tokens: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rotary: Tensor | None,
+) -> None:
+    _check(tokens, norm, weight, bias, eps, rotary)
+    check_rows(out, index, tokens, ("out", "tokens"))
+    if changes is not None:
+        if changes.shape != out.shape:
+            raise ValueError(
+                f"changes must be {tuple(out.shape)} as out; got {tuple(changes.shape)}"
+            )
+        check_same(out=out, changes=changes)
+        check_written(changes, "changes")
+
+
+@jit(
+    *("tokens_b", "tokens_k", "tokens_h", "output_b", "output_n", "output_h"),
+    *("changes_b", "changes_n", "changes_h", "rotary_b", "index_b", "num_rows"),
+)
 def _norm_rotary_kernel(
     tokens,
     index,
@@ -222,7 +241,29 @@ def _norm_rotary_kernel(
     tl.store(there, x, mask=both)
 
 
-def _run(
+def _operands(
+    out: Tensor,
+    changes: Tensor | None,
+    index: Tensor | None,
+    tokens: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rotary: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The kernel's tensors; for one that is not given, and then not read, any other."""
+    tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
+    return (
+        tokens,
+        tokens if index is None else index,
+        tokens if weight is None else weight.contiguous(),
+        tokens if bias is None else bias.contiguous(),
+        tokens if rotary is None else rotary.float().contiguous(),
+        out,
+        out if changes is None else changes,
+    )
+
+
+def _plan_scatter(
     out: Tensor,
     changes: Tensor | None,
     index: Tensor | None,
@@ -232,29 +273,26 @@ def _run(
     bias: Tensor | None,
     eps: float,
     rotary: Tensor | None,
-) -> None:
-    tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
-    batch, count, heads, size = tokens.shape
+) -> Run | None:
+    """Without an index, for all rows in order."""
+    if any(t is not None and t.stride(3) != 1 for t in (out, changes)):
+        return None
     if not tokens.numel():
-        return
+        return nothing
+    operands = _operands(out, changes, index, tokens, weight, bias, rotary)
+    batch, count, heads, size = tokens.shape
     parts = 1 if norm == "layer_norm_across_heads" else heads
     block_c = next_power_of_2(heads // parts * size)
     block_k = max(ELEMENTS // block_c, 1)
     element = tokens.element_size()
-    tensors = (tokens, out, out if changes is None else changes)
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    starts = [tensor.data_ptr() // element for tensor in tensors]
+    moved = operands[0], *operands[-2:]
+    strides = [stride for tensor in moved for stride in tensor.stride()[:3]]
+    starts = [tensor.data_ptr() // element for tensor in moved]
     vector = math.gcd(16 // element, size, *strides, *starts)
-    turns = tokens
-    if rotary is not None:
-        turns = rotary.float().contiguous()
-    _norm_rotary_kernel[cdiv(count, block_k) * parts * batch,](
-        tokens,
-        tokens if index is None else index,
-        tokens if weight is None else weight.contiguous(),
-        tokens if bias is None else bias.contiguous(),
-        turns,
-        *tensors[1:],
+    turn = launch(
+        _norm_rotary_kernel,
+        (cdiv(count, block_k) * parts * batch,),
+        operands,
         *(stride // vector for stride in strides),
         0 if rotary is None or len(rotary) == 1 else count * (size // 2),
         size // 2,
@@ -278,55 +316,51 @@ def _run(
         num_warps=8 if block_c > 1024 else 4,
     )
 
+    def run(
+        out: Tensor,
+        changes: Tensor | None,
+        index: Tensor | None,
+        tokens: Tensor,
+        norm: str | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        rotary: Tensor | None,
+    ) -> None:
+        turn(*_operands(out, changes, index, tokens, weight, bias, rotary))
 
-def _launch(
-    tokens: Tensor,
-    norm: str | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rotary: Tensor | None,
-) -> Tensor:
-    if tokens.dtype == torch.float64:
-        return reference.norm_rotary(tokens, norm, weight, bias, eps, rotary)
-    out = tokens.new_empty(tokens.shape)
-    _run(out, None, None, tokens, norm, weight, bias, eps, rotary)
-    return out
-
-
-def _launch_scatter(
-    out: Tensor,
-    changes: Tensor | None,
-    index: Tensor,
-    tokens: Tensor,
-    norm: str | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rotary: Tensor | None,
-) -> None:
-    options = norm, weight, bias, eps, rotary
-    apart = any(t is not None and t.stride(3) != 1 for t in (out, changes))
-    if tokens.dtype == torch.float64 or apart:
-        reference.norm_rotary_scatter_(out, changes, index, tokens, *options)
-    else:
-        _run(out, changes, index, tokens, *options)
+    return run
 
 
-def _fake(tokens: Tensor, *_: object) -> Tensor:
-    return tokens.new_empty(tokens.shape)
+def _plan(tokens: Tensor, *options: Any) -> Run | None:
+    scatter = _plan_scatter(_fake(tokens), None, None, tokens, *options)
+    if scatter is None:
+        return None
+
+    def run(tokens: Tensor, *options: Any) -> Tensor:
+        out = _fake(tokens)
+        scatter(out, None, None, tokens, *options)
+        return out
+
+    return run
+
+
+def _fake(tokens: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
 _OPTIONS = "str? norm, Tensor? weight, Tensor? bias, float eps, Tensor? rotary"
 _norm_rotary = register(
     f"norm_rotary(Tensor tokens, {_OPTIONS}) -> Tensor",
+    check=_check,
     reference=reference.norm_rotary,
-    launch=_launch,
+    plan=_plan,
     fake=_fake,
 )
 _norm_rotary_scatter = register(
     "norm_rotary_scatter_(Tensor(a!) out, Tensor(b!)? changes, Tensor index, Tensor tokens, "
     f"{_OPTIONS}) -> ()",
+    check=_check_scatter,
     reference=reference.norm_rotary_scatter_,
-    launch=_launch_scatter,
+    plan=_plan_scatter,
 )

@@ -55,8 +55,10 @@ def sparse_attention(
     value: Tensor,
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
-    scale: float,
+    scale: float | None,
 ) -> Tensor:
+    if not query.numel():
+        return query.new_empty(query.shape)
     # Query heads that share a key head are folded into the sequence, which spares the copies of
     # K and V that repeating them would make.
     heads, groups = key.shape[2], query.shape[2] // key.shape[2]
@@ -145,6 +147,8 @@ def _put(tokens: Tensor, changes: Tensor | None, index: Tensor, rows: Tensor) ->
 
 
 def region_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:
+    if not noise.numel():
+        return noise.new_empty(noise.shape[:2], dtype=torch.float32)
     noise = noise if noise.dtype == torch.float64 else noise.float()
     # Channels first, and of a square the pixels row by row: on a CPU sums are then rounded as
     # those over an image's patches are.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_finite, check_floats, names_wrong_types, shapes
+from ._checks import check_finite, check_floats, shapes
 from ._library import register
+from ._plans import Run, launch
 from ._triton import cdiv, jit, tl
 
 METRICS = ("std", "l2norm")
@@ -17,7 +20,6 @@ BLOCK = 32  # regions of a program
 OTHERS = 128  # regions that it compares with at a time
 
 
-@names_wrong_types
 def region_scores(noise: Tensor, pixels: int, metric: str = "std") -> Tensor:
     """Score each region: the mean over its pixels of the noise's spread over the channels.
 
@@ -31,18 +33,9 @@ def region_scores(noise: Tensor, pixels: int, metric: str = "std") -> Tensor:
         `(B, N)` float32. The source is arXiv 2502.10389, section 3; a constant factor has no
         effect on a selection.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
-    if noise.ndim != 3 or pixels < 1 or noise.shape[2] % pixels:
-        raise ValueError(
-            f"noise must be (B, N, pixels * C), and pixels at least 1; got {shapes(noise)} and "
-            f"{pixels} pixels"
-        )
-    check_floats(noise=noise)
     return _scores(noise, pixels, metric)
 
 
-@names_wrong_types
 def select_regions(
     scores: Tensor,
     ages: Tensor,
@@ -73,8 +66,27 @@ def select_regions(
     Returns:
         The chosen regions `(B, num_active)` in ascending order, int32, and the new ages `(B, N)`.
     """
-    if scores.ndim != 2 or ages.shape != scores.shape:
-        raise ValueError(f"scores and ages must both be (B, N); got {shapes(scores, ages)}")
+    return _select(scores, ages, num_active, high_ratio, starvation_scale)
+
+
+def _check_scores(noise: Tensor, pixels: int, metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    if noise.ndim != 3 or pixels < 1 or noise.shape[2] % pixels or not noise.shape[2]:
+        raise ValueError(
+            "noise must be (B, N, pixels * C), and pixels and C at least 1; got "
+            f"{shapes(noise)} and {pixels} pixels"
+        )
+    check_floats(noise=noise)
+
+
+def _check_select(
+    scores: Tensor, ages: Tensor, num_active: int, high_ratio: float, starvation_scale: float
+) -> None:
+    if scores.ndim != 2 or ages.shape != scores.shape or not scores.shape[1]:
+        raise ValueError(
+            f"scores and ages must both be (B, N), and N at least 1; got {shapes(scores, ages)}"
+        )
     if ages.dtype not in (torch.int32, torch.int64) or ages.device != scores.device:
         raise ValueError(
             f"ages must be int32 or int64 on {scores.device}; got {ages.dtype} on {ages.device}"
@@ -88,13 +100,12 @@ def select_regions(
             "high_ratio must be in [0, 1] and starvation_scale at least 0; got "
             f"{high_ratio} and {starvation_scale}"
         )
-    return _select(scores, ages, num_active, high_ratio, starvation_scale)
 
 
 # --- scores ---------------------------------------------------------------------------------------
 
 
-@jit
+@jit("noise_b", "noise_n", "regions")
 def _scores_kernel(
     noise,
     scores,
@@ -134,24 +145,27 @@ def _scores_kernel(
     tl.store(scores + b * regions + n, score / PIXELS, mask=inside)
 
 
-def _launch_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:
-    if noise.dtype == torch.float64:
-        return reference.region_scores(noise, pixels, metric)
-    scores = _fake_scores(noise, pixels, metric)
-    if scores.numel():
-        batch, regions, columns = noise.shape
-        _scores_kernel[batch, cdiv(regions, BLOCK)](
-            noise,
-            scores,
-            *noise.stride(),
-            regions,
-            CHANNELS=columns // pixels,
-            PIXELS=pixels,
-            STD=metric == "std",
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
-    return scores
+def _plan_scores(noise: Tensor, pixels: int, metric: str) -> Run:
+    batch, regions, columns = noise.shape
+    score = launch(
+        _scores_kernel,
+        (batch, cdiv(regions, BLOCK)),
+        (noise, _fake_scores(noise, pixels, metric)),
+        *noise.stride(),
+        regions,
+        CHANNELS=columns // pixels,
+        PIXELS=pixels,
+        STD=metric == "std",
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+    def run(noise: Tensor, pixels: int, metric: str) -> Tensor:
+        scores = _fake_scores(noise, pixels, metric)
+        score(noise, scores)
+        return scores
+
+    return run
 
 
 def _fake_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:
@@ -161,7 +175,7 @@ def _fake_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:
 # --- selection ------------------------------------------------------------------------------------
 
 
-@jit
+@jit()
 def _ranks(values, n, mine, regions, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     """How many of a sample's `values` come before each of `mine`, which are at `n`."""
     rank = tl.zeros([BLOCK], tl.int32)
@@ -176,7 +190,7 @@ def _ranks(values, n, mine, regions, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     return rank
 
 
-@jit
+@jit("low", "high")
 def _rank_kernel(
     scores,
     ages,
@@ -205,7 +219,7 @@ def _rank_kernel(
     tl.store(urgency + b * regions + n, value, mask=inside)
 
 
-@jit
+@jit("num_active")
 def _choose_kernel(urgency, chosen, regions, num_active, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     """0 for the regions of least urgency, else 1."""
     b = tl.program_id(0).to(tl.int64)
@@ -216,7 +230,7 @@ def _choose_kernel(urgency, chosen, regions, num_active, BLOCK: tl.constexpr, OT
     tl.store(chosen + b * regions + n, tl.where(rank < num_active, 0.0, 1.0), mask=inside)
 
 
-@jit
+@jit("num_active")
 def _list_kernel(chosen, ages, active, new_ages, regions, num_active, BLOCK: tl.constexpr):
     """The chosen regions of a sample in ascending order, and the new ages."""
     b = tl.program_id(0).to(tl.int64)
@@ -232,43 +246,57 @@ def _list_kernel(chosen, ages, active, new_ages, regions, num_active, BLOCK: tl.
         found += tl.sum(picked, 0)
 
 
-def _launch_select(
+def _plan_select(
     scores: Tensor, ages: Tensor, num_active: int, high_ratio: float, starvation_scale: float
-) -> tuple[Tensor, Tensor]:
-    if scores.dtype == torch.float64:
-        return reference.select_regions(scores, ages, num_active, high_ratio, starvation_scale)
+) -> Run:
     scores, ages = scores.contiguous(), ages.contiguous()
+    active, new_ages = _fake_select(scores, ages, num_active, high_ratio, starvation_scale)
     batch, regions = scores.shape
-    active = scores.new_empty(batch, num_active, dtype=torch.int32)
-    new_ages = ages.new_empty(ages.shape)
-    if not batch:
-        return active, new_ages
     low, centre = reference.kept_ranks(regions, num_active, high_ratio)
+    aged = starvation_scale > 0
+    chosen = _chosen(scores)
     grid = batch, cdiv(regions, BLOCK)  # the second axis ends at 65,535
-    chosen = scores.new_empty(batch, regions, dtype=torch.float32)
-    _rank_kernel[grid](
-        scores,
-        ages,
-        chosen,
+    tiles: dict[str, Any] = dict(BLOCK=BLOCK, OTHERS=OTHERS, num_warps=4)
+    rank = launch(
+        _rank_kernel,
+        grid,
+        (scores, ages, chosen),
         regions,
         low,
         low + num_active,
         centre,
         starvation_scale,
-        AGED=starvation_scale > 0,
-        BLOCK=BLOCK,
-        OTHERS=OTHERS,
+        AGED=aged,
+        **tiles,
+    )
+    if aged:
+        choose = launch(_choose_kernel, grid, (chosen, chosen), regions, num_active, **tiles)
+    write = launch(
+        _list_kernel,
+        (batch,),
+        (chosen, ages, active, new_ages),
+        regions,
+        num_active,
+        BLOCK=1024,
         num_warps=4,
     )
-    if starvation_scale > 0:
-        urgency, chosen = chosen, torch.empty_like(chosen)
-        _choose_kernel[grid](
-            urgency, chosen, regions, num_active, BLOCK=BLOCK, OTHERS=OTHERS, num_warps=4
-        )
-    _list_kernel[batch,](
-        chosen, ages, active, new_ages, regions, num_active, BLOCK=1024, num_warps=4
-    )
-    return active, new_ages
+
+    def run(scores: Tensor, ages: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        scores, ages = scores.contiguous(), ages.contiguous()
+        active, new_ages = _fake_select(scores, ages, *options)
+        chosen = _chosen(scores)
+        rank(scores, ages, chosen)
+        if aged:
+            urgency, chosen = chosen, _chosen(scores)
+            choose(urgency, chosen)
+        write(chosen, ages, active, new_ages)
+        return active, new_ages
+
+    return run
+
+
+def _chosen(scores: Tensor) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.float32)
 
 
 def _fake_select(
@@ -280,14 +308,16 @@ def _fake_select(
 
 _scores = register(
     "region_scores(Tensor noise, int pixels, str metric) -> Tensor",
+    check=_check_scores,
     reference=reference.region_scores,
-    launch=_launch_scores,
+    plan=_plan_scores,
     fake=_fake_scores,
 )
 _select = register(
     "select_regions(Tensor scores, Tensor ages, int num_active, float high_ratio, "
     "float starvation_scale) -> (Tensor, Tensor)",
+    check=_check_select,
     reference=reference.select_regions,
-    launch=_launch_select,
+    plan=_plan_select,
     fake=_fake_select,
 )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_index, check_rows, names_wrong_types
+from ._checks import check_index, check_rows
 from ._library import register
+from ._plans import Run, launch
 from ._triton import cdiv, jit, next_power_of_2, tl
 
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -19,7 +20,6 @@ WIDEST = 1024  # elements of a row in a tile
 GRID = 65535  # programs along the second and the third axis, at most
 
 
-@names_wrong_types
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Take rows of each sample: `out[b, j] = tokens[b, index[b, j]]`.
 
@@ -30,11 +30,9 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     Returns:
         `(B, K, ...)`, contiguous, the dtype of `tokens`.
     """
-    check_index(index, tokens)
     return _gather(tokens, index)
 
 
-@names_wrong_types
 def scatter_tokens_(tokens: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """Write rows in place: `tokens[b, index[b, j]] = rows[b, j]`.
 
@@ -46,12 +44,11 @@ def scatter_tokens_(tokens: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     Returns:
         `tokens` itself.
     """
-    check_rows(tokens, index, rows)
     _scatter(tokens, index, rows)
     return tokens
 
 
-@jit
+@jit()
 def place(columns, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where a program of a `Tiling` is: the sample, the outer index, rows, columns, columns' mask.
 
@@ -68,14 +65,17 @@ def place(columns, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.cons
     return b, r, k, c, (c < width)[None, :]
 
 
-@jit
+@jit()
 def elements(start, b, r, n, c, stride_b, stride_n, stride_r, VECTOR: tl.constexpr):
     """Pointers to the elements at columns `c`, in elements, of rows `n`."""
     row = (b * stride_b + r * stride_r) + n.to(tl.int64) * stride_n
     return start + row[:, None] * VECTOR + c[None, :]
 
 
-@jit
+@jit(
+    *("tokens_b", "tokens_n", "tokens_r", "rows_b", "rows_k", "rows_r"),
+    *("index_b", "num_rows", "columns"),
+)
 def _copy_rows_kernel(
     tokens,
     index,
@@ -167,56 +167,66 @@ def tiling(count: int, *tensors: Tensor) -> Tiling | None:
     return Tiling(grid, block_k, block_c, columns // vector, vector, strides, inner)
 
 
-def _copy(tokens: Tensor, index: Tensor, rows: Tensor, *, gather: bool) -> bool:
-    """Launch; False if the tensors are none that the kernel takes."""
+def _copies(tokens: Tensor, index: Tensor, rows: Tensor, *, gather: bool) -> Run | None:
+    """A launch of the kernel, or None if these tensors are none that it takes."""
     words = WORDS.get(tokens.element_size())
     how = tiling(rows.shape[1], tokens, rows)
     if how is None or words is None:
-        return False
-    if rows.numel():
-        _copy_rows_kernel[how.grid](
-            tokens.view(words),  # bits are copied as they are, whatever they mean
-            index,
-            rows.view(words),
-            *how.strides,
-            *how.inner,
-            0 if len(index) == 1 else index.stride(0),
-            index.stride(1),
-            rows.shape[1],
-            how.columns,
-            GATHER=gather,
-            VECTOR=how.vector,
-            BLOCK_K=how.block_k,
-            BLOCK_C=how.block_c,
-            num_warps=4,
-        )
-    return True
-
-
-def _launch_gather(tokens: Tensor, index: Tensor) -> Tensor:
-    rows = tokens.new_empty(tokens.shape[0], index.shape[1], *tokens.shape[2:])
-    return (
-        rows if _copy(tokens, index, rows, gather=True) else reference.gather_tokens(tokens, index)
+        return None
+    return launch(
+        _copy_rows_kernel,
+        how.grid,
+        (tokens.view(words), index, rows.view(words)),  # bits, whatever they mean
+        *how.strides,
+        *how.inner,
+        0 if len(index) == 1 else index.stride(0),
+        index.stride(1),
+        rows.shape[1],
+        how.columns,
+        GATHER=gather,
+        VECTOR=how.vector,
+        BLOCK_K=how.block_k,
+        BLOCK_C=how.block_c,
+        num_warps=4,
     )
 
 
-def _launch_scatter(tokens: Tensor, index: Tensor, rows: Tensor) -> None:
-    if not _copy(tokens, index, rows, gather=False):
-        reference.scatter_tokens_(tokens, index, rows)
+def _plan_gather(tokens: Tensor, index: Tensor) -> Run | None:
+    rows = _fake_gather(tokens, index)
+    copy, shape = _copies(tokens, index, rows, gather=True), rows.shape
+    if copy is None:
+        return None
+
+    def run(tokens: Tensor, index: Tensor) -> Tensor:
+        rows = tokens.new_empty(shape)
+        copy(tokens, index, rows)
+        return rows
+
+    return run
+
+
+def _plan_scatter(tokens: Tensor, index: Tensor, rows: Tensor) -> Run | None:
+    return _copies(tokens, index, rows, gather=False)
 
 
 def _fake_gather(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.new_empty(tokens.shape[0], index.shape[1], *tokens.shape[2:])
 
 
+def _check_gather(tokens: Tensor, index: Tensor) -> None:
+    check_index(index, tokens)
+
+
 _gather = register(
     "gather_tokens(Tensor tokens, Tensor index) -> Tensor",
+    check=_check_gather,
     reference=reference.gather_tokens,
-    launch=_launch_gather,
+    plan=_plan_gather,
     fake=_fake_gather,
 )
 _scatter = register(
     "scatter_tokens_(Tensor(a!) tokens, Tensor index, Tensor rows) -> ()",
+    check=check_rows,
     reference=reference.scatter_tokens_,
-    launch=_launch_scatter,
+    plan=_plan_scatter,
 )

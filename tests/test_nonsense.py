@@ -277,7 +277,7 @@ ONE_OF_TWO = {"norm_rotary.norm", "norm_rotary_scatter_.norm"} | {
 
 
 def op_cases():
-    for name in sorted(set(ras_kernels.__all__) - {"METRICS", "NORMS", "backend"}):
+    for name in sorted(set(ras_kernels.__all__) - {"METRICS", "NORMS", "backend", "supports"}):
         for parameter in parameters(getattr(ras_kernels, name)):
             yield f"{name}.{parameter}"
 

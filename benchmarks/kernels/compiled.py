@@ -117,7 +117,7 @@ class Row(NamedTuple):
     faults: list[str]
 
 
-class _Driver:
+class Driver:
     """What compiling asks of a GPU's driver, answered for a chip that need not be there."""
 
     def __init__(self, chip: Chip) -> None:
@@ -136,7 +136,7 @@ class _Driver:
 
 def build(launch: Launch, chip: Chip) -> Any:
     """The compiled kernel of a launch, as on that chip."""
-    with patch.object(triton.runtime.driver, "_active", _Driver(chip)):
+    with patch.object(triton.runtime.driver, "_active", Driver(chip)):
         return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 

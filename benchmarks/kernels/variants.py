@@ -1,7 +1,7 @@
 """The launches of Triton kernels that `ras_kernels` can choose, noted instead of made.
 
-They are found by calling the launchers themselves on CPU tensors, so that the rules of tiles,
-vectors and flags are those that a GPU would see. `tests/kernels/test_compiled.py` holds this list
+They are found by having the ops' plans made for CPU tensors, so that the rules of tiles, vectors
+and flags are those that a GPU would see. `tests/kernels/test_compiled.py` holds this list
 to be complete: each kernel occurs, each flag on and off, each dtype.
 """
 
@@ -36,7 +36,7 @@ SHORT = {
 
 
 class Call(NamedTuple):
-    """A call of a launcher that makes at least one launch."""
+    """An op's plan, which has at least one launch."""
 
     op: str
     dtype: torch.dtype
@@ -85,16 +85,13 @@ class Launch(NamedTuple):
 
 
 class _Recorder:
-    """Stands in for a kernel."""
+    """Stands in for a kernel that is to be compiled."""
 
     def __init__(self, kernel: Any, launches: list[tuple[Any, ...]]) -> None:
         self.kernel, self.launches = kernel, launches
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
-            self.launches.append((self.kernel, grid, args, options))
-
-        return launch
+    def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> None:
+        self.launches.append((self.kernel, grid, args, options))
 
 
 def kernels(module: ModuleType) -> dict[str, Any]:
@@ -176,8 +173,8 @@ def copy_calls() -> Iterator[Call]:
         text = f"C {columns}" + ", transposed" * across
         text += ", int32 index" * (number == torch.int32)
         at = index(number)
-        yield Call("gather_tokens", words, text, partial(rows._launch_gather, tokens, at))
-        yield Call("scatter_tokens_", words, text, partial(rows._launch_scatter, tokens, at, new))
+        yield Call("gather_tokens", words, text, partial(rows._plan_gather, tokens, at))
+        yield Call("scatter_tokens_", words, text, partial(rows._plan_scatter, tokens, at, new))
 
 
 def update_calls() -> Iterator[Call]:
@@ -188,7 +185,7 @@ def update_calls() -> Iterator[Call]:
         at, new, which = None, tokens, "all"
         if number is not None:
             at, new, which = index(number), tokens[:, :ACTIVE], SHORT[number] + " index"
-        run = partial(changes._launch_update, tokens, tokens, at, new)
+        run = partial(changes._plan_update, tokens, tokens, at, new)
         yield Call("update_tokens_", dtype, f"C {columns}, {which}", run)
 
 
@@ -196,7 +193,7 @@ def carry_calls() -> Iterator[Call]:
     for dtype, columns in itertools.product(FLOATS, (1536, 64, 15)):
         tokens = empty(BATCH, TOKENS + TEXT, columns, dtype=dtype)
         gain = empty(BATCH, TOKENS, dtype=torch.float32)
-        run = partial(changes._launch_carry, tokens, tokens[:, :TOKENS], gain)
+        run = partial(changes._plan_carry, tokens, tokens[:, :TOKENS], gain)
         yield Call("carry_tokens", dtype, f"C {columns}", run)
 
 
@@ -209,7 +206,7 @@ def linear_calls() -> Iterator[Call]:
         tokens, weight = empty(BATCH, ACTIVE, width, dtype=dtype), empty(width, width, dtype=dtype)
         projection = weight, weight[0] if biased else None
         run = partial(
-            linear._launch,
+            linear._plan,
             *(cache, cache, beside, beside),
             *(index(), tokens, *projection, *projection),
         )
@@ -236,9 +233,9 @@ def norm_calls() -> Iterator[Call]:
         options = kind, vector if weight else None, vector if bias else None, 1e-6, turn
         text = f"{heads} x {size}" + (f", {kind}" if kind else "")
         text += ", weight" * weight + ", bias" * bias + ", rotary" * turned
-        yield Call("norm_rotary", dtype, text, partial(norm._launch, tokens, *options))
+        yield Call("norm_rotary", dtype, text, partial(norm._plan, tokens, *options))
         for beside in (None, cache):
-            run = partial(norm._launch_scatter, cache, beside, index(), tokens, *options)
+            run = partial(norm._plan_scatter, cache, beside, index(), tokens, *options)
             what = text + ", changes" * (beside is not None)
             yield Call("norm_rotary_scatter_", dtype, what, run)
 
@@ -258,7 +255,7 @@ def attention_calls() -> Iterator[Call]:
         mask = empty(BATCH, TOKENS + TEXT, dtype=torch.bool) if form == "mask" else None
         lengths = empty(BATCH, dtype=torch.int64) if form == "lengths" else None
         text = f"D {size}" + (f", {form}" if form else "")
-        run = partial(attention._launch, query, key, key, mask, lengths, 0.125)
+        run = partial(attention._plan, query, key, key, mask, lengths, 0.125)
         yield Call("sparse_attention", dtype, text, run)
 
 
@@ -274,15 +271,15 @@ def drift_calls() -> Iterator[Call]:
         noise, at, which = empty(*shape, dtype=dtype), None, "all"
         if number is not None:
             at, which = index(number)[:1], SHORT[number] + " index"
-        run = partial(drift._launch_update, noise, columns, columns, at, noise, 0.5)
+        run = partial(drift._plan_update, noise, columns, columns, at, noise, 0.5)
         yield Call("update_drift_", dtype, f"{text}, {which}", run)
-    run = partial(drift._launch_scores, columns, columns, 0.5)
+    run = partial(drift._plan_scores, columns, columns, 0.5)
     yield Call("drift_scores", torch.float32, "", run)
 
 
 def score_calls() -> Iterator[Call]:
     for dtype, metric, (text, shape) in itertools.product(FLOATS, regions.METRICS, NOISES.items()):
-        run = partial(regions._launch_scores, empty(*shape, dtype=dtype), 4, metric)
+        run = partial(regions._plan_scores, empty(*shape, dtype=dtype), 4, metric)
         yield Call("region_scores", dtype, f"{metric}, {text}", run)
 
 
@@ -292,7 +289,7 @@ def select_calls() -> Iterator[Call]:
         FLOATS[::-1], (torch.int32, torch.int64), (0.0, 1.0)
     ):
         scores, ages = empty(1, TOKENS, dtype=dtype), empty(1, TOKENS, dtype=number)
-        run = partial(regions._launch_select, scores, ages, ACTIVE, 0.5, scale)
+        run = partial(regions._plan_select, scores, ages, ACTIVE, 0.5, scale)
         text = f"{SHORT[number]} ages" + ", starvation_scale" * (scale > 0)
         yield Call("select_regions", dtype, text, run)
 

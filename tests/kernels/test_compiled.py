@@ -5,17 +5,22 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import pytest
+import torch
+from support.operands import calls, recorded
 
 import ras_kernels
-from ras_kernels import _triton, rows
+from ras_kernels import _library, _triton, rows
 from ras_kernels._checks import FLOATS
 
 if _triton.triton is None or _triton.INTERPRETED:
     pytest.skip("compiles Triton kernels, which are not to be interpreted", allow_module_level=True)
 
+from triton.backends.nvidia.compiler import CUDABackend
+
 from benchmarks.kernels import compiled, variants
 from benchmarks.kernels.chips import CHIPS, floor_us, occupancy
 
+H100 = CHIPS["H100"]
 FLOAT32_ALONE = "_choose_kernel", "_list_kernel", "_drift_scores_kernel"
 LAUNCHES = {name: variants.launches(chip.architecture) for name, chip in CHIPS.items()}
 
@@ -61,6 +66,34 @@ def chosen(name, *ops):
 def test_sample(name, launch):
     (row,) = compiled.check([launch], name)
     assert not row.faults
+
+
+@pytest.mark.parametrize("name", calls())
+def test_strides_of_any_two_widths(monkeypatch, tmp_path, name):
+    """Each tensor's in turn take 64 bits: all types agree, which Triton's front end looks at."""
+    monkeypatch.setattr(_library, "supports", lambda *_: True)
+    monkeypatch.setattr(CUDABackend, "make_ttgir", _stop)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing has been compiled before
+    op, args = recorded(name)
+    for at, tensor in enumerate(args):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        strides = [2**40 if dim < 2 else s for dim, s in enumerate(tensor.stride())]
+        wide = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+        wide[at] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
+        with variants.recording(90) as noted:
+            _library.PLANS[op._opname](*wide)
+        for launch in noted:
+            with pytest.raises(_ThroughTheFrontEnd):
+                compiled.build(variants.Launch(*launch, variants.Call(name, *[None] * 3)), H100)
+
+
+class _ThroughTheFrontEnd(Exception):
+    pass
+
+
+def _stop(*_):
+    raise _ThroughTheFrontEnd
 
 
 def test_faults_are_found():

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from support.operands import DEVICE, INTERPRETED, LAYER_NORM, calls, laid, normal, turns
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.operands import (
+    DEVICE,
+    INTERPRETED,
+    LAYER_NORM,
+    Recorder,
+    calls,
+    normal,
+    recorded,
+    turns,
+)
 
 import ras_kernels
 
@@ -12,27 +20,6 @@ REGISTERED = {
     for name in torch._C._dispatch_get_all_op_names()
     if name.startswith("ras_kernels::")
 }
-
-
-class Recorder(TorchDispatchMode):
-    """Notes which ops of the package are called, and with what."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "ras_kernels":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
-def recorded(name, layout="dense"):
-    """The op that the public function calls, and its arguments."""
-    call, tensors = calls()[name]
-    with Recorder() as recorder:
-        call(**{argument: laid(tensor, layout) for argument, tensor in tensors.items()})
-    return recorder.calls[-1]
 
 
 def test_every_op_is_called():

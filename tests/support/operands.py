@@ -9,10 +9,10 @@ import contextlib
 import math
 from functools import partial
 
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ras_kernels
 from ras_kernels import reference
@@ -20,16 +20,7 @@ from ras_kernels import reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu" and ras_kernels.backend("cpu") == "triton"
 
-COMPUTED = [
-    torch.float32,
-    torch.float16,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(
-            INTERPRETED, reason="Triton's interpreter computes with the bits of bf16 as integers"
-        ),
-    ),
-]
+COMPUTED = [torch.float32, torch.float16, torch.bfloat16]
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LAYER_NORM = "layer_norm_across_heads"
 
@@ -49,6 +40,9 @@ trailing = st.sampled_from([(), (1,), (9,), (72,), (2, 5), (4, 9), (2, 3, 4), (0
 def normal(*shape, seed=0, dtype=torch.float32):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.to(DEVICE, dtype)
+
+
+half = partial(normal, dtype=torch.float16)
 
 
 def any_bits(*shape, seed=0, dtype):
@@ -174,7 +168,6 @@ def check(found, exact, same):
 
 def calls():
     """Each op, with all that it takes: a function of tensors, and the tensors."""
-    half = partial(normal, dtype=torch.float16)
     index = torch.tensor([[2, 0, 1], [1, 2, 0], [0, 1, 2]], dtype=torch.int32, device=DEVICE)
     tokens, rows, heads = (3, 3, 3, 4), half(3, 3, 3, 4, seed=1), (3, 3, 3, 8)
     norm = dict(weight=half(24, seed=2), bias=half(24, seed=3), rotary=turns(3, 3, 4))
@@ -257,3 +250,24 @@ def calls():
             ),
         ),
     }
+
+
+class Recorder(TorchDispatchMode):
+    """Notes which ops of the package are called, and with what."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ras_kernels":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(name, layout="dense"):
+    """The op that the public function calls, and its arguments."""
+    call, tensors = calls()[name]
+    with Recorder() as recorder:
+        call(**{argument: laid(tensor, layout) for argument, tensor in tensors.items()})
+    return recorder.calls[-1]
