@@ -112,6 +112,7 @@ def _check(
         check_written(cache, name)
 
 
+# Not rows_per_sample: by a multiple of 16, rows next to each other are of one sample.
 @jit(
     *("key_b", "key_n", "value_b", "value_n", "key_changes_b", "key_changes_n"),
     *(

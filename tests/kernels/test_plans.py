@@ -14,7 +14,7 @@ from ras_kernels import _plans, _triton
 if _triton.triton is None or _triton.INTERPRETED:
     pytest.skip("compiles Triton kernels, which are not to be interpreted", allow_module_level=True)
 
-from benchmarks.kernels import variants
+from benchmarks.kernels import host, variants
 from benchmarks.kernels.chips import CHIPS
 from benchmarks.kernels.host import IdleDriver, as_if_on
 
@@ -187,6 +187,20 @@ def test_another_number_of_tokens_compiles_nothing_anew(name):
         for count in COUNTS:
             of_rows(name, count)
     assert len(loaded) == 1
+
+
+def test_the_hosts_time(monkeypatch, capsys):
+    monkeypatch.setattr(host, "CALLS", 5)
+    monkeypatch.setattr(host, "ROUNDS", 20)
+    monkeypatch.setattr(host, "MODELS", host.MODELS[:1])
+    monkeypatch.setattr(host, "JOBS", ["gather_tokens", "sparse_attention"])
+    host.main(["--chip", "A100"])
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    for row, op in zip(rows, host.JOBS):
+        assert row.startswith(f"| {op} | SD3-medium |")
+        later, *parts, first = map(float, row.split("|")[3:-1])
+        assert 0 < later < first
+        assert sum(parts) == pytest.approx(later, abs=0.3)  # rounded each
 
 
 # --- what the kernels are for --------------------------------------------------------------------

@@ -56,7 +56,11 @@ def cases(**zero):
             (batch, tokens, size["C"]),
         ),
         "carry_tokens": (
-            dict(tokens=some("BSC"), changes=some("BNC")[:, : size["S"]], gain=some("BN")),
+            dict(
+                tokens=some("BSC"),
+                changes=some("BNC")[:, : size["S"]],
+                gain=some("BN")[:, : size["S"]],
+            ),
             (batch, size["S"], size["C"]),
         ),
         "sparse_attention": (attention, rows),
