@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {  # where the site has them, beside the files of this folder
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "ras/bundled/README.md": "bundled.md",
     "ras_kernels/README.md": "kernels.md",
 }
