@@ -1,6 +1,7 @@
 """Each benchmark runs, at a tiny size."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -361,3 +362,19 @@ def test_floors_of_known_jobs():
     assert attention.flops == pytest.approx(129.6e9, rel=0.01)
     assert attention.bytes == pytest.approx(84e6, rel=0.01)
     assert prepare("gather_tokens", LUMINA(1024, 0.25), "meta").bytes == pytest.approx(18.9e6, 0.01)
+
+
+def test_what_an_edit_asks_for_is_recognised():
+    """In the drawn scene after it, and not in that before it, for every kind of edit."""
+    classifier = judge.load_classifier()
+    by_kind = {}
+    for edit in itertools.islice(kontext.unseen(), 40):
+        by_kind.setdefault(edit.kind, edit)
+    assert by_kind.keys() == {*edits.KINDS}
+    for edit in by_kind.values():
+        for scene, done in ((edit.after, True), (edit.before, False)):
+            image = torch.from_numpy(scene.draw(sd3.SIDE)).movedim(-1, 0)[None] / 255
+            assert editing.is_done(classifier, image, edit) == done, edit.instruction()
+            assert editing.is_right(classifier, image, edit.after) == (
+                done or edit.kind == "background"
+            )
