@@ -197,8 +197,9 @@ def select_regions(
     rank = torch.empty_like(by_score).scatter_(1, by_score, place)
     # The logarithm of |rank - centre| * exp(-starvation_scale * age), which cannot underflow.
     urgency = (rank - centre).abs().log() - starvation_scale * ages
-    active = urgency.argsort(dim=1, stable=True)[:, :num_active].sort(dim=1).values
-    return active.to(torch.int32), (ages + 1).contiguous().scatter(1, active, 0)
+    active = urgency.argsort(dim=1, stable=True)[:, :num_active]
+    new_ages = (ages + 1).contiguous().scatter(1, active, 0)
+    return active.to(torch.int32).sort(dim=1).values, new_ages
 
 
 def _samples(tokens: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ METRICS = ("std", "l2norm")
 """The region scores of arXiv 2502.10389, section 3."""
 
 BLOCK = 32  # regions of a program
-OTHERS = 128  # regions that it compares with at a time
+OTHERS = 128  # regions that it compares with at a time, a multiple of BLOCK
+MOST_COMPARED = 8192  # regions of a sample with each other; of more, sorts are less work
 
 
 def region_scores(noise: Tensor, pixels: int, metric: str = "std") -> Tensor:
@@ -177,17 +178,30 @@ def _fake_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:
 
 @jit()
 def _ranks(values, n, mine, regions, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
-    """How many of a sample's `values` come before each of `mine`, which are at `n`."""
-    rank = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, regions, OTHERS):
+    """How many of a sample's `values` come before each of `mine`, which are at `n`.
+
+    Only in the tile in which `n` lies do ties need a look at positions. Counts are float32,
+    exact below 2**24, since one instruction makes such of a comparison; they are summed at the end.
+    """
+    tile = tl.program_id(1) * BLOCK // OTHERS * OTHERS
+    other = tile + tl.arange(0, OTHERS)
+    value = _orderly(values + other, other < regions)[None, :]
+    mine, n = mine[:, None], n[:, None]
+    count = ((value < mine) | ((value == mine) & (other[None, :] < n))).to(tl.float32)
+    for first in range(0, tile, OTHERS):
         other = first + tl.arange(0, OTHERS)
-        value = tl.load(values + other, mask=other < regions, other=float("inf")).to(tl.float32)
-        value = tl.where(value != value, float("inf"), value)
-        before = (value[None, :] < mine[:, None]) | (
-            (value[None, :] == mine[:, None]) & (other[None, :] < n[:, None])
-        )
-        rank += tl.sum(before.to(tl.int32), 1)
-    return rank
+        count += (_orderly(values + other, other < regions)[None, :] <= mine).to(tl.float32)
+    for first in range(tile + OTHERS, regions, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        count += (_orderly(values + other, other < regions)[None, :] < mine).to(tl.float32)
+    return tl.sum(count, 1).to(tl.int32)
+
+
+@jit()
+def _orderly(at, inside):
+    """Values as float32, with NaN and what is not inside as the highest."""
+    value = tl.load(at, mask=inside, other=float("inf")).to(tl.float32)
+    return tl.where(value != value, float("inf"), value)
 
 
 @jit("low", "high")
@@ -208,8 +222,7 @@ def _rank_kernel(
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < regions
-    score = tl.load(scores + b * regions + n, mask=inside, other=0.0).to(tl.float32)
-    score = tl.where(score != score, float("inf"), score)
+    score = _orderly(scores + b * regions + n, inside)
     rank = _ranks(scores + b * regions, n, score, regions, BLOCK, OTHERS)
     if AGED:
         age = tl.load(ages + b * regions + n, mask=inside, other=0).to(tl.float32)
@@ -248,7 +261,9 @@ def _list_kernel(chosen, ages, active, new_ages, regions, num_active, BLOCK: tl.
 
 def _plan_select(
     scores: Tensor, ages: Tensor, num_active: int, high_ratio: float, starvation_scale: float
-) -> Run:
+) -> Run | None:
+    if scores.shape[1] > MOST_COMPARED:  # since each is compared with all
+        return None
     scores, ages = scores.contiguous(), ages.contiguous()
     active, new_ages = _fake_select(scores, ages, num_active, high_ratio, starvation_scale)
     batch, regions = scores.shape

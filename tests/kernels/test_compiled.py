@@ -1,6 +1,7 @@
 """The kernels' machine code, for GPUs that need not be there: some of `benchmarks.kernels`."""
 
 import pkgutil
+import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
@@ -9,7 +10,7 @@ import torch
 from support.operands import calls, recorded
 
 import ras_kernels
-from ras_kernels import _library, _triton, rows
+from ras_kernels import _library, _triton, regions, rows
 from ras_kernels._checks import FLOATS
 
 if _triton.triton is None or _triton.INTERPRETED:
@@ -56,7 +57,7 @@ def chosen(name, *ops):
     "name, launch",
     [
         *chosen("H100"),
-        *chosen("A100", "sparse_attention"),
+        *chosen("A100", "sparse_attention", "select_regions"),
         *chosen("RTX4090", "sparse_attention", "linear_scatter_"),
         *chosen("B200", "sparse_attention"),
         *chosen("RTX5090", "gather_tokens"),
@@ -86,6 +87,31 @@ def test_strides_of_any_two_widths(monkeypatch, tmp_path, name):
         for launch in noted:
             with pytest.raises(_ThroughTheFrontEnd):
                 compiled.build(variants.Launch(*launch, variants.Call(name, *[None] * 3)), H100)
+
+
+@pytest.mark.parametrize("chip", ["A100", "H100"])
+def test_comparisons_are_counted_without_a_wait(chip):
+    """No sum over threads in a loop over the others: it would be as dear as the comparisons."""
+    names = "_rank_kernel", "_choose_kernel"
+    for launch in variants.sample(one for one in LAUNCHES[chip] if one.name in names):
+        code = compiled.build(launch, CHIPS[chip]).asm["ttir"]
+        loops = re.findall(r"scf\.for .*?scf\.yield", code, re.DOTALL)
+        assert len(loops) == 2 and not any("tt.reduce" in loop for loop in loops)
+
+
+def test_so_many_regions_that_they_are_not_compared_with_each_other():
+    """A GPU sorts them: no kernel is launched whose work goes with the square of their number."""
+    launched = {}
+    for count in (8192, 8193, 75_600):
+        scores = torch.empty(1, count, device="meta")
+        with variants.recording(90) as noted:
+            regions._plan_select(scores, scores.int(), count // 2, 0.5, 1.0)
+        launched[count] = [launch[0].__name__ for launch in noted]
+    assert launched == {
+        8192: ["_rank_kernel", "_choose_kernel", "_list_kernel"],
+        8193: [],
+        75_600: [],
+    }
 
 
 class _ThroughTheFrontEnd(Exception):

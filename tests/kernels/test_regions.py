@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.operands import COMPUTED, batches, check, laid, more, normal, read, wide
+from support.operands import COMPUTED, INTERPRETED, batches, check, laid, more, normal, read, wide
 
 import ras_kernels
 from ras_kernels import reference
+from ras_kernels.regions import MOST_COMPARED
 
 
 @pytest.mark.parametrize("dtype", COMPUTED, ids=str)
@@ -58,3 +59,34 @@ def test_selection_is_the_definitions_to_the_last_tie(
     assert active.dtype == torch.int32 and after.dtype == ages.dtype
     assert torch.equal(active, expected[0]) and torch.equal(after, expected[1])
     assert torch.equal(ages, before)
+
+
+@pytest.mark.parametrize("regions", [8192, 8193, 32_760, 75_600])
+def test_selection_of_many_regions(regions):
+    """As Python sorts them, with ties and NaN; and with ages, where those that go first are."""
+    if INTERPRETED and regions <= MOST_COMPARED:
+        pytest.skip("minutes in the interpreter, which has 1,030 above")
+    k, high_ratio, scale = regions // 4, 0.3, 0.7310585
+    scores, ages = (
+        (regions * normal(2, regions)).round().div(16).round(),
+        normal(2, regions, seed=1),
+    )
+    scores[:, ::1001] = math.nan
+    ages = ages.abs().mul(3).to(torch.int32)
+    options = dict(num_active=k, high_ratio=high_ratio)
+    active, _ = ras_kernels.select_regions(scores, ages, **options, starvation_scale=0.0)
+    low = regions - k - round(high_ratio * (regions - k))
+    ranks = []
+    for row, found in zip(scores.nan_to_num(nan=math.inf).tolist(), active.tolist()):
+        order = sorted(range(regions), key=row.__getitem__)
+        assert found == sorted(order[low : low + k])
+        ranks.append(torch.tensor(order).argsort())
+
+    active, after = ras_kernels.select_regions(scores, ages, **options, starvation_scale=scale)
+    centre = low + (k - 1) / 2
+    urgency = (torch.stack(ranks).to(ages.device) - centre).abs().double().log() - scale * ages
+    chosen = torch.zeros_like(ages, dtype=torch.bool).scatter_(1, active.long(), True)
+    assert (active.diff(dim=1) > 0).all() and (chosen.sum(dim=1) == k).all()
+    assert torch.equal(after, torch.where(chosen, 0, ages + 1))
+    for mine, picked in zip(urgency, chosen):
+        assert mine[picked].max() <= mine[~picked].min() + 1e-5
