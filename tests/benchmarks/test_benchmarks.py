@@ -14,6 +14,7 @@ from benchmarks import editing
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measure
 from benchmarks.kernels.jobs import JOBS, LUMINA, SD3, prepare
+from benchmarks.kernels.jobs.job import COPY
 from benchmarks.model import edits, kontext, lumina, photos, scenes, sd3, train
 from benchmarks.quality import elsewhere, inpainting, judge, ours, plans
 from benchmarks.speed import end_to_end, untrained
@@ -352,6 +353,13 @@ def test_kernels_without_a_gpu(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert said.count("not measured") == 1 and "code for A100" in said
     assert all("measured" in line for line in said.splitlines() if line.startswith("# "))
+
+
+@pytest.mark.parametrize("op", ["gather_tokens", "scatter_tokens_"])
+def test_rows_are_held_against_a_copy_of_the_same_bytes(op):
+    job = prepare(op, SD3(128, 0.5), "cpu")
+    index = job.moved[-1].nbytes
+    assert 2 * job.plain[COPY].run().nbytes == job.bytes - index > 0
 
 
 def test_floors_of_known_jobs():

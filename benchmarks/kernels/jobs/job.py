@@ -12,6 +12,7 @@ from torch import Tensor
 
 DTYPE = torch.float16
 PATCH = 2
+COPY = "copy_ of as many rows"
 ROUNDING = 1e-2  # how far, relative to the norm, 16-bit results of like jobs may differ
 
 
@@ -100,6 +101,15 @@ class Job(NamedTuple):
 
 def normal(device: str, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(shape, device=device, dtype=dtype)
+
+
+def copied(rows: Tensor) -> Way:
+    """What moves rows that lie together, without an index: what those may take that do not."""
+    source, target = (
+        rows.contiguous(),
+        torch.empty_like(rows, memory_format=torch.contiguous_format),
+    )
+    return Way(lambda: target.copy_(source), part=True)
 
 
 def active_index(s: Shape, device: str) -> Tensor:

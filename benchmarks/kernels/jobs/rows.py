@@ -10,7 +10,7 @@ from torch import Tensor
 import ras_kernels
 from ras_kernels import reference
 
-from .job import DTYPE, Job, Shape, Way, active_index, flat_index, normal
+from .job import COPY, DTYPE, Job, Shape, Way, active_index, copied, flat_index, normal
 
 
 def gather_tokens(s: Shape, device: str) -> Job:
@@ -27,6 +27,7 @@ def gather_tokens(s: Shape, device: str) -> Job:
             ),
             "gather": Way(lambda: tokens.gather(1, wide)),
             "indexing": Way(lambda: reference.gather_tokens(tokens, index)),
+            COPY: copied(rows),
         },
         tolerance=0,
     )
@@ -49,7 +50,7 @@ def scatter_tokens_(s: Shape, device: str) -> Job:
     return Job(
         [rows, rows, index],
         Way(lambda: ras_kernels.scatter_tokens_(image, index, rows)),
-        {"index_copy_": Way(index_copy), "indexing": Way(indexing)},
+        {"index_copy_": Way(index_copy), "indexing": Way(indexing), COPY: copied(rows)},
         written=[cache],
         tolerance=0,
     )
