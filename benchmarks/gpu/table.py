@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ..commands import as_command
+from ..speed.attention import BY_CUDNN
 from ..speed.families import PUBLISHED, Family
 from ..tables import COLOURS, NOT_MEASURED, RESULTS, ROOT, UNMEASURED, grid, save
 from . import goals
@@ -127,12 +128,24 @@ def tests(record: Row) -> str:
 def table(parts: Parts) -> str:
     """A row per model, dtype and setting, in Markdown."""
     lines = (
-        line(name, family, dtype, ratio, parts)
+        entries
         for name, family in PUBLISHED.items()
         for dtype in DTYPES
-        for ratio in (*RATIOS, None)
+        for entries in (
+            *(line(name, family, dtype, ratio, parts) for ratio in (*RATIOS, None)),
+            by_cudnn(name, family, dtype, parts),
+        )
     )
     return grid(TITLES, lines)
+
+
+def by_cudnn(name: str, family: Family, dtype: str, parts: Parts) -> list[str]:
+    """The cells of dense runs by cuDNN's attention, beside those by the one that PyTorch takes."""
+    eager = parts.get(part_name(name, dtype, MODES[0]), {})
+    taken = results(eager).get("attentions", {}).get("dense")
+    setting = BY_CUDNN + (f", else by {' and '.join(taken)}" if taken else "")
+    found = speedup(eager, BY_CUDNN), "", "", memory(eager, BY_CUDNN), ""
+    return [family.title, DTYPES[dtype], setting, *found]
 
 
 def line(name: str, family: Family, dtype: str, ratio: float | None, parts: Parts) -> list[str]:

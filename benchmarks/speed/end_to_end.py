@@ -15,7 +15,8 @@ ratios within a round, of which the median is given, and an interval that holds 
 rounds). The ceiling is `steps / (dense + sparse * (k + T) / (N + T))` for N image tokens, T text
 tokens that walk with them (0 for Lumina and Wan, whose text does not) and k image tokens in a
 sparse step; skipped steps cost nothing. Peak memory is the most that PyTorch's tensors took up on
-the GPU in a run, weights included.
+the GPU in a run, weights included. It is told which of PyTorch's attentions dense runs take; on a
+GPU an eager round has a dense run by cuDNN's, too, which PyTorch need not take where it is faster.
 
 `--compile` compiles each block of the transformer by itself, in runs that are not timed. A timed
 run that needs another compilation is an error.
@@ -28,19 +29,22 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import ras
+import ras_kernels
 from ras.cli.loading import DTYPES
 from ras.cli.runs import clock
 
 from ..commands import COUNT, DURATION, SHARE, SPEEDUP, STEP, as_command
 from ..tables import NOT_MEASURED, grid
+from .attention import BY_CUDNN, Attentions, cudnn_first, has_cudnn
 from .families import FAMILIES
 from .timing import machine, median_interval
 from .untrained import build, inputs
@@ -127,32 +131,49 @@ def measure(
 ) -> dict[str, Any]:
     """The dense runs, and a row per setting. Runs go dense, first setting, second, …, dense, …"""
     dense: list[Run] = []
-    enabled: dict[str, list[Run]] = {name: [] for name in configs}
     rows: dict[str, Row] = {}
-    # Compiled code may be missed as late as in a whole run's last step.
-    steps = options.steps if options.compile else min(options.steps, WARM_UP_STEPS)
+    # Compiled code, a kernel's too, may be missed as late as in a whole run's last step.
+    compiles = options.compile or ras_kernels.backend(options.device) == "triton"
+    steps = options.steps if compiles else min(options.steps, WARM_UP_STEPS)
     warm_up = {**call, "num_inference_steps": steps}
+    ways: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        name: partial(ras.enabled, pipe, config) for name, config in configs.items()
+    }
+    attentions = {"dense": attentions_of(pipe, call)}
+    if not options.compile and has_cudnn(options.device):
+        ways[BY_CUDNN] = cudnn_first
+        with cudnn_first():
+            attentions[BY_CUDNN] = attentions_of(pipe, call)
+    others: dict[str, list[Run]] = {name: [] for name in ways}
     run(pipe, warm_up, options.device)
-    for config in configs.values():
-        with ras.enabled(pipe, config):
+    for within in ways.values():
+        with within():
             run(pipe, warm_up, options.device)
     last = math.inf if options.seconds is None else began + options.seconds
     with torch.compiler.set_stance("fail_on_recompile") if options.compile else nullcontext():
         while not dense or (len(dense) < options.pairs and time.perf_counter() < last):
             dense.append(run(pipe, call, options.device))
-            for name, config in configs.items():
-                with ras.enabled(pipe, config):
-                    enabled[name].append(run(pipe, call, options.device))
-                    rows[name] = describe(ras.stats(pipe))
+            for name, within in ways.items():
+                with within():
+                    others[name].append(run(pipe, call, options.device))
+                    rows[name] = describe(pipe, options.steps)
     for name, row in rows.items():
-        ratios = [plain.seconds / ours.seconds for plain, ours in zip(dense, enabled[name])]
+        ratios = [plain.seconds / other.seconds for plain, other in zip(dense, others[name])]
         row |= {
             "setting": name,
             "speedup": statistics.median(ratios),
             "interval": median_interval(ratios),
-            **summary(enabled[name]),
+            **summary(others[name]),
         }
-    return {"rounds": len(dense), "dense": summary(dense), "rows": list(rows.values())}
+    found = {"rounds": len(dense), "attentions": attentions, "dense": summary(dense)}
+    return found | {"rows": list(rows.values())}
+
+
+def attentions_of(pipe: Any, call: dict[str, Any]) -> list[str]:
+    """What a step takes that is not enabled; compiled code is made of the same."""
+    with torch.compiler.set_stance("force_eager"), Attentions() as found:
+        pipe(**call | {"num_inference_steps": 1})
+    return found.names
 
 
 def run(pipe: Any, call: dict[str, Any], device: str) -> Run:
@@ -164,7 +185,11 @@ def run(pipe: Any, call: dict[str, Any], device: str) -> Run:
     return Run(clock(device) - start, torch.cuda.max_memory_allocated(device) if gpu else None)
 
 
-def describe(stats: ras.Stats) -> Row:
+def describe(pipe: Any, steps: int) -> Row:
+    if not ras.is_enabled(pipe):
+        skipped = dict.fromkeys(("steps_sparse", "steps_skipped", "cache_bytes"), 0)
+        return {"steps_dense": steps, "ceiling": 1.0, **skipped}
+    stats = ras.stats(pipe)
     return {
         "steps_dense": stats.steps_dense,
         "steps_sparse": stats.steps_sparse,
@@ -184,6 +209,7 @@ def summary(runs: Sequence[Run]) -> Row:
 def table(report: dict[str, Any]) -> str:
     """What was run, and a row per setting."""
     code = f"compiled by {report['compile']}" if report["compile"] else "eager"
+    taken = (f"{way}, {' and '.join(names)}" for way, names in report["attentions"].items())
     guided = "with" if report["guidance"] else "without"
     said = (
         f"{report['device']}, torch {report['torch']}, {report['threads']} threads, "
@@ -191,7 +217,8 @@ def table(report: dict[str, Any]) -> str:
         f"of {report['heads']} heads of {report['head_dim']}, {report['image_tokens']} image and "
         f"{report['text_tokens']} text tokens, batch {report['batch']} {guided} guidance, "
         f"{report['steps']} steps, {report['rounds']} rounds. A dense run: "
-        f"{report['dense']['seconds']:.3f} s, peak memory {megabytes(report['dense'])}."
+        f"{report['dense']['seconds']:.3f} s, peak memory {megabytes(report['dense'])}. "
+        f"Attention: {'; '.join(taken)}."
     )
     return f"{said}\n\n{grid(TITLES, map(entries, report['rows']))}"
 

@@ -55,6 +55,18 @@ def test_end_to_end_of_lumina_with_guidance_and_a_plan(tmp_path, capsys):
     assert half["cache_bytes"] == keys_and_values + noise + 16 * 4  # and ages
 
 
+@pytest.mark.parametrize("backend, steps", [("torch", 6), ("triton", 8)])
+def test_a_run_in_which_kernels_compile_is_not_timed(monkeypatch, capsys, backend, steps):
+    """Where they do, warm-ups go through all steps of what is timed."""
+    made = []
+    monkeypatch.setattr(end_to_end.ras_kernels, "backend", lambda device: backend)
+    whole = end_to_end.run
+    noted = lambda pipe, call, device: made.append(call) or whole(pipe, call, device)  # noqa: E731
+    monkeypatch.setattr(end_to_end, "run", noted)
+    end_to_end.main([*TINY, "--steps=8", "--pairs=1"])
+    assert [call["num_inference_steps"] for call in made] == [steps] * 3 + [8] * 3
+
+
 @pytest.mark.parametrize("more", [["--speedups=2"], ["--compile=eager"]], ids=["plan", "compiled"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_end_to_end_of_each_family(family, more, capsys):

@@ -79,10 +79,11 @@ def test_the_table_of_a_rehearsal(rehearsal):
     assert text.startswith(BEFORE + MARK) and text.endswith(MARK + AFTER)
     assert table.block(rehearsal) in text and "the figures say nothing" in text
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| SD3")]
-    assert len(lines) == 2 * 5
+    assert len(lines) == 2 * 6
     measured = {(line[1], line[2]) for line in lines if " to " in line[3] and " to " in line[4]}
     assert measured == {("fp16", "ratio 0.5"), ("fp16", "`ras.enable(pipe)`")}
     assert all(line[3] == "not measured" for line in lines if line[1] == "bf16")
+    assert lines[5][2:5] == ["dense by cuDNN, else by flash_for_cpu", "not measured", ""]
     assert lines[1][5:] == ["1.57", "not measured", "1.62 |"]
 
 
