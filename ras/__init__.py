@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ras_kernels import __version__
 
+from . import pictures
 from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, plan, stats
 from .check import check
 from .config import RASConfig
@@ -40,6 +41,7 @@ __all__ = [
     "enabled",
     "is_enabled",
     "learn",
+    "pictures",
     "plan",
     "put_back",
     "stats",

@@ -8,11 +8,13 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
+
+from .checks import shown
 
 LARGEST = 10_000_000  # bytes
 
@@ -44,6 +46,27 @@ def _finite(text: str) -> float:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number there")
+
+
+def writable(file: Any, suffixes: Sequence[str]) -> Path:
+    """The path of a file that can be written, and ends in one of the suffixes.
+
+    Raises:
+        TypeError: It is no file's name.
+        ValueError: It ends otherwise.
+        OSError: It cannot be written.
+    """
+    try:
+        path = Path(file)
+    except TypeError:
+        raise TypeError(f"file must be a file's name, got {shown(file)}") from None
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"file {shown(str(path))} does not end in one of {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{str(path)!r} cannot be written")
+    return path
 
 
 @contextmanager

@@ -171,6 +171,11 @@ class Plan:
             lines.append(line)
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from .pictures.html import of_plan  # which is of what this module defines
+
+        return of_plan(self)
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -226,11 +231,21 @@ class RunPlan:
             return Reuse.MEASURED
         return Reuse.CARRIED if any(self.extrapolation) else Reuse.HELD
 
-    def __str__(self) -> str:
-        lines = [str(self.plan), f"speed-up {self.speedup:.3f} ({self.layout})"]
+    @property
+    def _told(self) -> list[str]:
+        """What there is to say besides the plan."""
+        lines = [f"speed-up {self.speedup:.3f} ({self.layout})"]
         if self.cache_bytes is not None:
             lines.append(f"{self.cache_bytes:,} bytes of keys and values for a sample's branch")
-        return "\n".join(lines if self.warning is None else [*lines, self.warning])
+        return lines if self.warning is None else [*lines, self.warning]
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.plan), *self._told])
+
+    def _repr_html_(self) -> str:
+        from .pictures.html import of_plan  # which is of what this module defines
+
+        return of_plan(self.plan, *self._told)
 
 
 def speedup_of(plan: Plan, layout: Layout, config: RASConfig) -> float:

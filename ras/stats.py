@@ -23,8 +23,10 @@ class Stats:
         config: The settings.
         runs: Runs begun since `enable`.
         plan: What each of its steps computes; None before the first run.
-        steps_dense, steps_sparse, steps_skipped: Solver steps that computed all image tokens,
-            some, or nothing.
+        steps: What each solver step so far computed: `"dense"` (all image tokens), `"sparse"`
+            (some) or `"skipped"` (nothing).
+        walked: `(steps, samples, H / p, W / p)` bool: the regions that each of them computed, with
+            a number of frames before the rows of a video; None where they are not known.
         calls_computed, calls_total: Calls of the transformers that computed anything, of all.
         tokens_computed, tokens_total: Image tokens that walked through the transformer, of those
             that would have without RAS; all samples, guidance copies and calls. 0 where the tokens
@@ -45,9 +47,8 @@ class Stats:
     config: RASConfig
     runs: int = 0
     plan: Plan | None = None
-    steps_dense: int = 0
-    steps_sparse: int = 0
-    steps_skipped: int = 0
+    steps: tuple[str, ...] = ()
+    walked: Tensor | None = None
     calls_computed: int = 0
     calls_total: int = 0
     tokens_computed: int = 0
@@ -63,6 +64,21 @@ class Stats:
     warnings: tuple[str, ...] = ()
 
     @property
+    def steps_dense(self) -> int:
+        """Solver steps that computed all image tokens."""
+        return self.steps.count("dense")
+
+    @property
+    def steps_sparse(self) -> int:
+        """Solver steps that computed some."""
+        return self.steps.count("sparse")
+
+    @property
+    def steps_skipped(self) -> int:
+        """Solver steps that computed nothing."""
+        return self.steps.count("skipped")
+
+    @property
     def steps_planned(self) -> int:
         """Solver steps of the run in all, those to come included."""
         return 0 if self.plan is None else len(self.plan.shares)
@@ -76,7 +92,9 @@ class Stats:
             computed, total = self.calls_computed, self.calls_total
         return total / computed if computed else 1.0
 
-    def __str__(self) -> str:
+    @property
+    def _rows(self) -> dict[str, str]:
+        """What is told of the run, by names."""
         rows = {
             "runs": f"{self.runs}",
             "steps": f"{self.steps_dense} dense, {self.steps_sparse} sparse, "
@@ -100,12 +118,19 @@ class Stats:
             )
         if self.learnt is not None:
             rows["learnt"] = self.learnt
-        rows |= {
+        return rows | {
             "speed-up ceiling": f"{self.speedup_ceiling:.3f}x",
             "caches": f"{self.cache_bytes:,} bytes",
             "warnings": "; ".join(self.warnings) or "none",
         }
-        return aligned(rows)
+
+    def __str__(self) -> str:
+        return aligned(self._rows)
+
+    def _repr_html_(self) -> str:
+        from .pictures.html import of_stats  # which is of what this module defines
+
+        return of_stats(self)
 
 
 def aligned(rows: dict[str, Any]) -> str:
@@ -121,7 +146,8 @@ class Tally:
     Attributes:
         layout: The tokens of a sample.
         samples: S as far as it is known; the batch before the first step.
-        steps: Solver steps by kind.
+        steps: Each solver step's kind.
+        walked: The regions that each of them computed, `(S, k)`, or None for all or for nothing.
         calls, tokens, text, references: Those computed, and all of them.
         step: The last solver step in which the transformer was called.
         dense_calls: Calls, the first of their stage, that computed all tokens.
@@ -132,7 +158,8 @@ class Tally:
 
     layout: Layout
     samples: int
-    steps: Counter[str] = field(default_factory=Counter)
+    steps: list[str] = field(default_factory=list)
+    walked: list[Tensor | None] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     text: Counter[str] = field(default_factory=Counter)
@@ -187,7 +214,8 @@ class Tally:
         """
         if step is None or step != self.step:
             self.step = self.step if step is None else step
-            self.steps["skipped" if skip else "dense" if active is None else "sparse"] += 1
+            self.steps.append("skipped" if skip else "dense" if active is None else "sparse")
+            self.walked.append(None if skip else active)
         if skip:
             return
         if active is None:
@@ -208,15 +236,30 @@ class Tally:
             counts = torch.zeros(self.samples, self.layout.tokens, dtype=torch.int64)
         return (counts + self.dense_calls).unflatten(1, self.layout.grid)
 
+    @property
+    def regions_walked(self) -> Tensor | None:
+        """Which regions each step computed, `(steps, S, *grid)`; None where there is no grid."""
+        if not self.layout.grid:
+            return None
+        chosen = [active for active in self.walked if active is not None]
+        samples = max([self.samples, *map(len, chosen)])
+        shape = len(self.steps), samples, self.layout.tokens
+        found = torch.zeros(shape, dtype=torch.bool, device=chosen[0].device if chosen else None)
+        for regions, kind, active in zip(found, self.steps, self.walked):
+            if kind == "dense":
+                regions.fill_(True)
+            elif active is not None:
+                regions.scatter_(1, active.long(), True)
+        return found.unflatten(2, self.layout.grid)
+
     def stats(self, config: RASConfig, runs: int, plan: Plan, warnings: tuple[str, ...]) -> Stats:
         """What to tell of it."""
         return Stats(
             config=config,
             runs=runs,
             plan=plan,
-            steps_dense=self.steps["dense"],
-            steps_sparse=self.steps["sparse"],
-            steps_skipped=self.steps["skipped"],
+            steps=tuple(self.steps),
+            walked=self.regions_walked,
             calls_computed=self.calls["computed"],
             calls_total=self.calls["all"],
             tokens_computed=self.tokens["computed"],

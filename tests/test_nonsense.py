@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import warnings
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -82,6 +83,10 @@ def family():
     return families_of(pipe())[0][1]
 
 
+def flat():
+    return Image.new("RGB", (8, 8))
+
+
 BARE = {"scheduler": FlowMatchEulerDiscreteScheduler}
 SENSE = {
     "Family": lambda: vars(family()),
@@ -106,12 +111,18 @@ SENSE = {
     "enabled": lambda: dict(model=pipe(), config=None, mask=None, scheduler=None, family=None),
     "is_enabled": lambda: dict(model=pipe()),
     "learn": lambda: dict(pipe=ras.enable(pipelines.sd3(), speedup=2), file=None),
+    "pictures.animated": lambda: dict(pipe=enabled_pipe(), file="walk.gif"),
+    "pictures.difference_map": lambda: dict(image=flat(), other=flat()),
+    "pictures.heat_map": lambda: dict(regions=np.eye(3), size=(4, 4)),
+    "pictures.plan_strip": lambda: dict(plan=(1, 0)),
+    "pictures.psnr": lambda: dict(image=flat(), other=flat()),
+    "pictures.region_map": lambda: dict(image=flat(), regions=np.eye(3)),
     "plan": lambda: dict(
         model=pipe(), num_inference_steps=4, height=None, width=None, text_tokens=None
     ),
     "put_back": lambda: dict(
-        image=Image.new("RGB", (8, 8)),
-        picture=Image.new("RGB", (8, 8)),
+        image=flat(),
+        picture=flat(),
         edited=torch.ones(2, 2, dtype=torch.bool),
     ),
     "stats": lambda: dict(model=enabled_pipe()),
@@ -163,6 +174,8 @@ WELCOME = {
     "RASConfig.skip_num_step": {"0"},
     "RASConfig.skip_num_step_length": {"0"},
     "learn.file": {"none", "text"},
+    "pictures.heat_map.regions": {"tensor"},
+    "pictures.region_map.regions": {"tensor"},
     "plan.height": {"none"},
     "plan.width": {"none"},
     "plan.text_tokens": {"none", "0"},
@@ -189,14 +202,15 @@ def parameters(function):
 
 def all_cases():
     for name in SENSE:
-        for parameter in parameters(getattr(ras, name)):
+        for parameter in parameters(attrgetter(name)(ras)):
             yield f"{name}.{parameter}"
 
 
 def test_every_public_function_is_told_of():
-    assert set(ras.__all__) == SENSE.keys() | GIVEN
+    drawing = {f"pictures.{name}" for name in ras.pictures.__all__}
+    assert set(ras.__all__) - {"pictures"} | drawing == SENSE.keys() | GIVEN
     for name, sense in SENSE.items():
-        assert list(sense()) == parameters(getattr(ras, name)), name
+        assert list(sense()) == parameters(attrgetter(name)(ras)), name
     assert set(WELCOME) <= set(all_cases())
 
 
@@ -207,7 +221,7 @@ def call(name, arguments):
         arguments |= dict(prompt="a", num_inference_steps=1)
     if name == "learn":
         arguments |= dict(sd3_inputs(pipelines.sd3()), num_inference_steps=1, output_type="latent")
-    found = getattr(ras, name)(**arguments)
+    found = attrgetter(name)(ras)(**arguments)
     if isinstance(found, contextlib.AbstractContextManager):
         with found:
             pass
@@ -216,7 +230,7 @@ def call(name, arguments):
 @pytest.mark.parametrize("case", all_cases())
 def test_nonsense(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name, parameter = case.split(".")
+    name, parameter = case.rsplit(".", 1)
     before = Snapshot(pipe())
     faults = []
     for kind, make in NONSENSE.items():

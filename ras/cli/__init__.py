@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,12 +17,13 @@ import ras
 
 from ..checks import MOST_STEPS
 from ..config import DEFAULT_SPEEDUP
+from ..files import writable
+from ..pictures.film import SUFFIXES as ANIMATIONS
 from . import edit, generate, info, models
 from .loading import DTYPES, quiet
 from .options import number
 
 MOST_PIXELS = 2**15  # of a side
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parser().parse_args(argv)
+        if getattr(options, "animate", None) == getattr(options, "out", ""):
+            raise ValueError(f"--out and --animate are both {str(options.out)!r}; name two files")
         with quiet(transformers_logging):
             options.command(options)
         sys.stdout.flush()
@@ -119,7 +122,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     """Add what all commands take that make images."""
     add = parser.add_argument
-    add("--out", type=_out, default="out.png", metavar="FILE", help="default: %(default)s")
+    out = _writable(".png", ".jpg", ".jpeg", ".webp")
+    add("--out", type=out, default="out.png", metavar="FILE", help="default: %(default)s")
+    add(
+        "--animate",
+        type=_writable(*ANIMATIONS),
+        metavar="FILE",
+        help="an animation to write besides, of what each step computes: a .gif or .webp",
+    )
     add("--model", type=_model, help="a pipeline's folder or hub id; default: the bundled model")
     add("--device", type=_device, default=_default_device(), help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
@@ -152,16 +162,16 @@ def _prompt(text: str) -> str:
     return text
 
 
-def _out(text: str) -> Path:
-    """A file that can be written, of a type that Pillow writes."""
-    path = Path(text)
-    if path.suffix.lower() not in SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in one of {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
-    return path
+def _writable(*suffixes: str) -> Callable[[str], Path]:
+    """A converter into a file that can be written, of a type that Pillow writes."""
+
+    def convert(text: str) -> Path:
+        try:
+            return writable(text, suffixes)
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def _model(text: str) -> str:

@@ -16,7 +16,8 @@ import ras
 from ..config import DEFAULT_SPEEDUP, EDITED
 from ..edits import pixels_of
 from ..files import written_whole
-from . import generate, pictures
+from ..pictures import psnr
+from . import generate
 from .loading import Pipeline, load
 from .runs import Job, finite, lines, side_by_side, tell
 
@@ -67,6 +68,7 @@ def main(options: argparse.Namespace) -> None:
         "edited": None if regions is None else regions.float().mean().item(),
         "psnr_outside_db": _outside(image, of_size, regions),
         "out": str(options.out),
+        "animation": job.animate(options.animate),
     }
     kept = report["psnr_outside_db"]
     told = [f"outside to the picture {kept:.1f} dB"] if kept is not None else []
@@ -124,4 +126,4 @@ def _outside(
     if not outside.any():
         return None
     whole, own = (np.asarray(each.convert("RGB"))[outside] for each in (image, picture))
-    return finite(pictures.psnr(Image.fromarray(whole[None]), Image.fromarray(own[None])))
+    return finite(psnr(Image.fromarray(whole[None]), Image.fromarray(own[None])))

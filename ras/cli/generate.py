@@ -38,6 +38,7 @@ def main(options: argparse.Namespace) -> None:
         "model": options.model or "bundled",
         **job.report(dense, sparse),
         "out": str(options.out),
+        "animation": job.animate(options.animate),
     }
     picture = sparse[0].image
     if dense:

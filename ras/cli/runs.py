@@ -9,7 +9,10 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +21,9 @@ from PIL import Image
 
 import ras
 
+from ..pictures import animated, psnr
+from ..pictures.panels import comparison
 from ..stats import aligned
-from . import pictures
 from .loading import Pipeline, quiet
 
 WARM_UP_STEPS = 6  # enough to meet both kinds of step
@@ -91,13 +95,23 @@ class Job:
 
     def run_ras(self, label: str, steps: int) -> RasRun:
         """An image with RAS; its statistics hold the warnings."""
-        with (
-            warnings.catch_warnings(),
-            ras.enabled(self.pipe, self.config, mask=self.mask),
-        ):
-            warnings.simplefilter("ignore", ras.RASWarning)
+        with self._enabled():
             run = self.run(label, steps)
             return RasRun(run.image, run.seconds, ras.stats(self.pipe))
+
+    def animate(self, file: Path | None) -> str | None:
+        """Write an animation, if asked for, of one more run, as decoding images takes time."""
+        if file is None:
+            return None
+        with self._enabled(), animated(self.pipe, file), quiet(diffusers_logging):
+            self.run("animation", self.steps)
+        return str(file)
+
+    @contextmanager
+    def _enabled(self) -> Iterator[None]:
+        with warnings.catch_warnings(), ras.enabled(self.pipe, self.config, mask=self.mask):
+            warnings.simplefilter("ignore", ras.RASWarning)
+            yield
 
     def run(self, label: str, steps: int) -> Run:
         """One image, with a bar of that label on a terminal."""
@@ -146,17 +160,17 @@ def figures(dense: list[Run], sparse: list[RasRun]) -> dict[str, Any]:
         "warnings": list(stats.warnings),
     }
     if dense:
-        psnr = pictures.psnr(dense[0].image, sparse[0].image)
+        decibels = psnr(dense[0].image, sparse[0].image)
         found["seconds_dense"] = statistics.median(run.seconds for run in dense)
         found["speedup"] = found["seconds_dense"] / seconds
-        found["psnr_db"] = finite(psnr)
-        found["identical"] = psnr == math.inf
+        found["psnr_db"] = finite(decibels)
+        found["identical"] = decibels == math.inf
     return found
 
 
-def finite(psnr: float) -> float | None:
+def finite(decibels: float) -> float | None:
     """What JSON can hold of a PSNR."""
-    return psnr if math.isfinite(psnr) else None
+    return decibels if math.isfinite(decibels) else None
 
 
 def side_by_side(
@@ -175,7 +189,7 @@ def side_by_side(
         difference(report),
         *more,
     ]
-    return pictures.comparison(
+    return comparison(
         panels,
         counts[0].cpu().numpy(),
         "Times computed",
@@ -214,4 +228,5 @@ def tell(report: dict[str, Any], lines: dict[str, str], *, as_json: bool) -> Non
     """Print the report, and its warnings apart."""
     for warning in report["warnings"]:
         print("ras: warning:", warning, file=sys.stderr)
-    print(json.dumps(report, indent=2) if as_json else aligned(lines | {"written": report["out"]}))
+    written = ", ".join(filter(None, (report["out"], report["animation"])))
+    print(json.dumps(report, indent=2) if as_json else aligned(lines | {"written": written}))

@@ -125,6 +125,11 @@ def test_options_that_take_none_or_one(arguments, capsys):
     assert capsys.readouterr().err.startswith("ras: error: ")
 
 
+def test_one_file_for_two(here, capsys):
+    assert cli.main(["generate", "a ring", "--out=a.webp", "--animate=./a.webp"]) == 2
+    assert "both 'a.webp'" in capsys.readouterr().err
+
+
 ERRORS = MemoryError(), RuntimeError("can't allocate memory"), OSError(28, "full")
 
 

@@ -28,8 +28,7 @@ from transformers import CLIPTokenizer
 
 import ras
 import ras_kernels
-from ras import cli
-from ras.cli import pictures
+from ras import cli, pictures
 
 PROMPT = "a ring"  # short enough for the small model's tokenizers
 SIZE = (128, 96)  # width and height, so that exchanging them shows
@@ -399,3 +398,18 @@ def test_a_model_of_something_else_than_images(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.generate, "load", lambda *_: pipe)
     assert cli.main(["generate", "a ring", "--out", str(tmp_path / "out.png")]) == 2
     assert "Sound makes no images" in capsys.readouterr().err
+
+
+def test_animates(folder, tmp_path, capsys):
+    """A frame for each step, beside the picture, which is what it is without."""
+    out, walk = tmp_path / "out.png", tmp_path / "walk.gif"
+    assert generate(folder, out, "--no-compare", "--animate", str(walk)) == 0
+    assert f"{out}, {walk}" in capsys.readouterr().out
+    image, stats = by_hand(folder, HALF)
+    assert (pixels(Image.open(out)) == pixels(image)).all()
+    with Image.open(walk) as film:
+        assert film.n_frames == len(stats.steps) == 6
+        film.seek(5)  # whose clean image is the last one
+        frame = pixels(film)[:192].astype(float)
+    expected = pictures.region_map(image.resize((256, 192)), stats.walked[5, 0])
+    assert np.abs(pixels(expected) - frame).mean() < 8

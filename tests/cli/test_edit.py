@@ -11,8 +11,7 @@ from support.zoo.flux import flux_with_vae
 from support.zoo.parts import SIDE, text
 
 import ras
-from ras import cli
-from ras.cli import pictures
+from ras import cli, pictures
 
 ENCODED = dict(prompt_embeds=text(), pooled_prompt_embeds=pipelines.normal(1, 32, seed=3))
 
@@ -53,15 +52,17 @@ def edit(picture, out, *options):
 
 
 def test_writes_what_it_did(pipe, picture, tmp_path, capsys):
-    out = tmp_path / "edited.png"
+    out, walk = tmp_path / "edited.png", tmp_path / "walk.webp"
+    options = ["--json", "--speedup", "2", "--seed", "3", "--animate", str(walk)]
     with torch.no_grad():
-        assert edit(picture, out, "--json", "--speedup", "2", "--seed", "3") == 0
+        assert edit(picture, out, *options) == 0
     report = json.loads(capsys.readouterr().out)
     assert pipe.asked["prompt"] == report["prompt"] == "make it red"
     assert pipe.asked["image"].size == (SIDE, SIDE)
     assert not ras.is_enabled(pipe)
     assert (report["steps"], report["seed"], report["image"]) == (12, 3, str(picture))
     assert report["speedup"] == report["seconds_dense"] / report["seconds_ras"]
+    assert report["animation"] == str(walk) and Image.open(walk).n_frames == 12
     assert 0 <= report["edited"] <= 1 and report["psnr_db"] > 0
     drawn = Image.open(out)
     assert drawn.width > 4 * SIDE and drawn.height > SIDE

@@ -1,65 +1,20 @@
-"""The pictures that the command line writes, and the measure of how two images differ."""
+"""Images side by side with a map, titles and a caption: the pictures of the command line."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from .maps import colours, heat_map
+
 PAPER = (255, 255, 255)
 INK = (28, 28, 32)
 GREY = (105, 105, 115)
 
-# Dark to light, evenly spaced anchors of matplotlib's viridis: the order survives printing in
-# grey and colour blindness.
-ANCHORS = np.array(
-    [
-        (68, 1, 84),
-        (70, 50, 127),
-        (54, 92, 141),
-        (39, 127, 142),
-        (31, 161, 135),
-        (74, 194, 109),
-        (159, 218, 58),
-        (253, 231, 37),
-    ],
-    np.float64,
-)
-
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-def psnr(image: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB images of one size, in dB.
-
-    `10 · log10(255² / MSE)`, with the mean squared error over all pixels and channels of the
-    8-bit values; infinite for equal images. Raises ValueError if the sizes differ.
-    """
-    if image.size != other.size:
-        raise ValueError(f"images of different sizes: {image.size} and {other.size}")
-    a, b = (np.asarray(each.convert("RGB"), np.float64) for each in (image, other))
-    error = float(np.mean((a - b) ** 2))
-    return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Numbers from 0 (dark) to 1 (light), of any shape `S` -> sRGB, `(*S, 3)` uint8."""
-    steps = np.linspace(0, 1, len(ANCHORS))
-    channels = [np.interp(values, steps, anchors) for anchors in ANCHORS.T]
-    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
-
-
-def heat_map(counts: NDArray[np.integer], size: tuple[int, int]) -> Image.Image:
-    """Counts `(rows, columns)` as a map of `size` (width, height) pixels, one flat patch each.
-
-    The least count is darkest and the greatest lightest; equal counts are all light.
-    """
-    low, high = int(counts.min()), int(counts.max())
-    patches = colours(1 - (high - counts) / max(1, high - low))
-    return Image.fromarray(patches).resize(size, Image.Resampling.NEAREST)
 
 
 def comparison(
