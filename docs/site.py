@@ -14,6 +14,7 @@ PAGES = {  # where the site has them, beside the files of this folder
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "examples/README.md": "examples.md",
     "ras/bundled/README.md": "bundled.md",
     "ras_kernels/README.md": "kernels.md",
 }
@@ -21,8 +22,9 @@ SOURCES = {uri: path for path, uri in PAGES.items()}
 
 
 def on_files(files, config):
-    plots = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/results/*/*.png")]
-    for path, uri in [*PAGES.items(), *zip(plots, plots)]:
+    globs = "benchmarks/results/*/*.png", "examples/*.py", "examples/*.ipynb"
+    files_too = [path.relative_to(ROOT).as_posix() for each in globs for path in ROOT.glob(each)]
+    for path, uri in [*PAGES.items(), *zip(files_too, files_too)]:
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
     return files
 

@@ -57,11 +57,21 @@ def animated(pipe: Any, file: str | PathLike[str]) -> Iterator[None]:
     if session.run is None or session.run is before:
         raise ValueError("pipe has made no run that could be animated")
     frames = film.frames(session.stats())
-    if path.suffix.lower() == ".gif":  # dots, by which Pillow would mix colours, take up megabytes
-        frames = [frame.quantize(dither=Image.Dither.NONE) for frame in frames]
+    if path.suffix.lower() == ".gif":
+        palette = _together(frames).quantize()  # with one for each frame files are twice as large
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [*(PACE for _ in frames[1:]), PAUSE]
     with written_whole(path) as part:
         frames[0].save(part, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def _together(frames: list[Image.Image]) -> Image.Image:
+    """All frames, smaller, below each other."""
+    small = [frame.reduce(4) for frame in frames]
+    found = Image.new("RGB", (small[0].width, sum(frame.height for frame in small)))
+    for i, frame in enumerate(small):
+        found.paste(frame, (0, i * frame.height))
+    return found
 
 
 class _Film:

@@ -1,4 +1,4 @@
-"""The examples of the documentation, and tiny pipelines in place of the models that they name."""
+"""Examples, of the documentation and others, and tiny pipelines for the models that they name."""
 
 import inspect
 import re
@@ -12,18 +12,19 @@ import torch
 from PIL import Image
 
 from support.zoo import ENTRIES
-from support.zoo.parts import pil
+from support.zoo.parts import SIDE, picture, pil
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 STAND_INS = {  # entries of the zoo, one for each pipeline that a page loads of a model
     "black-forest-labs/FLUX.1-dev": ["flux", "flux-inpaint", "flux-img2img"],
     "black-forest-labs/FLUX.1-Kontext-dev": ["flux-kontext"],
+    "black-forest-labs/FLUX.1-Fill-dev": ["flux-fill"],
     "Qwen/Qwen-Image": ["qwen"],
     "Qwen/Qwen-Image-Edit": ["qwen-edit"],
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ["wan"],
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ["wan22"],
-    "stabilityai/stable-diffusion-3.5-medium": ["sd3"],
+    "stabilityai/stable-diffusion-3.5-medium": ["sd3", "sd3-inpaint"],
     "Alpha-VLLM/Lumina-Next-SFT-diffusers": ["lumina"],
 }
 
@@ -65,6 +66,10 @@ def stand_in(cls, model):
         prompt, more = given.arguments.get("prompt"), {}
         if isinstance(prompt, list):
             more["num_images_per_prompt"] = len(prompt)
+        if (
+            kind is diffusers.FluxKontextPipeline
+        ):  # of the image's shape, without which it is no edit
+            more["image"] = picture(SIDE, SIDE)
         on = partial(kind.__call__, self)
         latents = draw(given.arguments["num_inference_steps"], on=on, **more)
         if not given.arguments["return_dict"]:
@@ -102,5 +107,5 @@ def put_stand_ins(monkeypatch, folder):
     mask.save("mask.png")
     patched = classmethod(from_pretrained)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", patched)
-    monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, path: path)
+    monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, path, fps=10: path)
     monkeypatch.setattr(torch, "compile", compile_nothing)
