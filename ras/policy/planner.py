@@ -128,7 +128,8 @@ def _of_least_error(
     model = ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
     if not layout.grid:
         return plan_whole(model, speedup, pinned)
-    if masked_tokens is not None and mask_pays(config, layout, masked_tokens):
+    pays = speedup > 1 and mask_pays(config, layout, masked_tokens)
+    if masked_tokens is not None and pays:
         return plan_masked(
             model,
             speedup,

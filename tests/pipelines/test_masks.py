@@ -393,6 +393,18 @@ def test_a_mask_given_goes_before_the_calls_own():
         check_counts(pipe, list(range(56, 64)))
 
 
+@pytest.mark.filterwarnings("error::ras.RASWarning")
+def test_a_run_without_a_speed_up_is_dense_under_a_mask_too():
+    """Of the call or given, small or large: exact to the bit."""
+    own = torch.from_numpy(box(0, 0, 16, 64))[None, None]
+    pipe, inputs = inpainting(own, strength=1.0)
+    expected = run(pipe, inputs, steps=12)
+    for mask in (None, box(0, 0, 16, 16), box(0, 0, 128, 120)):
+        with ras.enabled(pipe, speedup=1, mask=mask):
+            assert torch.equal(run(pipe, inputs, steps=12), expected)
+            assert ras.stats(pipe).steps_dense == 12
+
+
 def test_inpainting_with_nothing_under_the_mask():
     """No error, as there is none without `ras`; the regions are those that drift."""
     pipe, inputs = inpainting(torch.zeros(1, 1, 128, 128), strength=1.0)
