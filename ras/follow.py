@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from einops import rearrange
@@ -39,9 +38,9 @@ def begin(
     `beside` is the picture outside of a mask, which some models get in channels of the latents.
     """
     found = original(latents, layout)
-    in_channels = beside is not None and math.prod(latents.shape[1:]) > math.prod(beside.shape[1:])
-    if found is None and run.masked is not None and in_channels:
-        found = beside
+    if found is None and run.masked is not None and beside is not None:
+        wide = isinstance(latents, Tensor) and latents[0].numel() > beside[0].numel()
+        found = beside if wide else None
     packed = None if found is None else family.pack(found, layout.grid)
     if packed is None:
         return None

@@ -88,7 +88,7 @@ class Session:
         for mount in self.mounts:
             mount.add(self)
         if self._watches_mask and self._pipe is not None:
-            self._mask_watch = MaskWatch(self._pipe())
+            self._mask_watch = MaskWatch(self._pipe(), keeps_picture=self.config.preserve)
         self._follow_scheduler()
 
     def detach(self) -> None:
@@ -107,6 +107,11 @@ class Session:
         self.config = config
         self._forget()
         self.run = None
+
+    @property
+    def may_be_masked(self) -> bool:
+        """Whether a mask is given, or a pipeline's own is watched for."""
+        return self.mask is not None or self._watches_mask
 
     @contextmanager
     def using(self, config: RASConfig) -> Iterator[None]:
@@ -222,6 +227,8 @@ class Session:
             watch, margin = self._mask_watch, self.config.mask_margin
             beside = None if watch is None else watch.picture
             run.edit = begin(run, mount.family, layout, latents, margin, beside)
+            if watch is not None:
+                watch.picture = None  # which nobody needs any more
             run.follows_edit = run.follows_edit and run.edit is not None
             if run.edit is None and self.config.preserve:
                 self._warn(

@@ -118,7 +118,10 @@ class _Film:
             return
         prepare = preparation(self._last, latents, self._run.planned.layout.grid)
         if prepare is not None:
-            found = {step: decode(prepare(clean)) for step, clean in self._clean.items()}
+            try:
+                found = {step: decode(prepare(clean)) for step, clean in self._clean.items()}
+            except RuntimeError:  # no memory for it is no reason to lose the pipeline's image
+                return
             self._images = {step: image for step, image in found.items() if image is not None}
 
     def frames(self, stats: Stats) -> list[Image.Image]:
@@ -126,8 +129,9 @@ class _Film:
         if stats.walked is None:  # nobody says where the tokens are: the image as a whole
             walked = torch.tensor([kind != "skipped" for kind in stats.steps])[:, None, None]
         else:
-            walked = plane(stats.walked[:, 0]).cpu()
-        shares = walked.float().mean((1, 2)).tolist()
+            walked = stats.walked[:, 0].cpu()
+        shares = walked.flatten(1).float().mean(1).tolist()  # of all frames of a video
+        walked = plane(walked)
         return [
             _frame(self._images.get(step), walked[step], shares, step)
             for step in range(len(stats.steps))

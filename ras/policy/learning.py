@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -16,15 +17,23 @@ from torch.utils._pytree import tree_leaves
 
 from ..checks import check_kind, shown
 from ..clock import EXTRAPOLATION
-from ..config import DEFAULT_SPEEDUP
 from ..denoisers import transformers_of
 from ..fingerprint import of_model, of_run
-from ..session import Session
+from ..plan import Plan, speedup_of
+from ..session import RASWarning, Session
 from ..sessions import session_of
 from .candidates import first_plans
 from .error_model import ErrorModel, covariance
 from .planner import plan_run
 from .trials import Trials, clock_and_layout, mixed, sure_gain
+
+SAYING = (  # settings that say what some steps compute
+    "plan",
+    "sample_ratio",
+    "error_reset_steps",
+    "scheduler_start_step",
+    "scheduler_end_step",
+)
 
 
 def learn(
@@ -50,22 +59,36 @@ def learn(
     Raises:
         TypeError: No pipeline, or no file's path.
         ValueError: The pipeline is not enabled, its settings say already what each step computes,
-            it has a mask, the file cannot be where it is to be, or noise that is not finite.
+            it may have a mask, or the file cannot be where it is to be. Once the pipeline has
+            returned, what goes wrong (a run that breaks off, noise that is not finite, a file that
+            cannot be written) is told by one warning.
     """
     session = _learner(pipe, file)
-    config = session.config
     dense = _Call(pipe, args, call)
+    try:
+        plan = _taught(pipe, session, dense)
+        session.learnt = plan.note
+        if file is not None:
+            plan.save(file)
+    except (ValueError, OSError) as error:
+        if not dense.made:
+            raise
+        warnings.warn(f"ras.learn: {error}", RASWarning, stacklevel=2)
+    return dense.output
+
+
+def _taught(pipe: Any, session: Session, dense: _Call) -> Plan:
+    """The plan that the samples of a call are nearest by; the session plans by it from now on."""
+    config = session.config
     trials = Trials(pipe, [dense], session.using)
     measured = trials.dense(replace(config, speedup=1.0), _nothing)
     clock, layout = clock_and_layout(measured)
-    speedup = config.speedup or DEFAULT_SPEEDUP
     prior = covariance(clock, config.extrapolation or EXTRAPOLATION)
     kernel = mixed(np.array(measured["kernel"]), measured["samples"], prior)
     model = ErrorModel(clock.weights, kernel, hold=config.extrapolation == 0)
     usual = plan_run(config, clock, layout).plan
-    assert trials.run is not None
-    masked = trials.run.masked is not None
-    plans = () if masked else first_plans(model, usual, speedup, clock.sigmas, layout, config)
+    speedup = config.speedup or speedup_of(usual, layout, config)
+    plans = first_plans(model, usual, speedup, clock.sigmas, layout, config)
     errors = {
         plan: trials.errors(replace(config, speedup=None, plan=plan), _nothing) for plan in plans
     }
@@ -73,20 +96,16 @@ def learn(
         plan: -math.inf if found is None else sure_gain(found, errors[usual])
         for plan, found in errors.items()
     }
-    best = max(plans, key=gains.__getitem__, default=usual)
-    gain = gains.get(best, 0.0)
+    best = max(plans, key=gains.__getitem__)
+    gain = gains[best]
     samples = f"{measured['samples']} sample" + "s" * (measured["samples"] > 1)
     told = f"surely {gain:.1f} dB nearer than the default plan" if gain > 0 else "the default plan"
-    note = f"{speedup:g}x in {clock.steps} steps, learnt from {samples}: {told}"
+    note = f"{speedup:.3g}x in {clock.steps} steps, learnt from {samples}: {told}"
     here = of_model(transformers_of(pipe), session.scheduler)
-    made_for = {**here, **of_run((), measured["guidance"])}
-    plan = replace(best, note=note, made_for=made_for)
+    plan = replace(best, note=note, made_for={**here, **of_run((), measured["guidance"])})
     if gain > 0:
         session.replan(replace(config, speedup=None, plan=plan))
-    session.learnt = note
-    if file is not None:
-        plan.save(file)
-    return dense.output
+    return plan
 
 
 def _learner(pipe: Any, file: Any) -> Session:
@@ -97,12 +116,17 @@ def _learner(pipe: Any, file: Any) -> Session:
     session = session_of(pipe)
     if session is None:
         raise ValueError(f"this {type(pipe).__name__} is not enabled; call ras.enable on it first")
-    config = session.config
-    if config.plan is not None or config.sample_ratio is not None or session.mask is not None:
+    if session.may_be_masked:
         raise ValueError(
-            "there is nothing to learn where plan=, sample_ratio= or mask= say what steps compute; "
-            "enable with speedup= alone"
+            "there is nothing to learn where a mask says what steps compute; enable an inpainting "
+            "pipeline with mask=False, and others with speedup= alone"
         )
+    for name in SAYING:
+        if getattr(session.config, name) is not None:
+            raise ValueError(
+                f"there is nothing to learn where {name}= says what steps compute; enable with "
+                "speedup= alone"
+            )
     if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
         raise ValueError(f"file must be a file's path in a folder that there is, got {shown(file)}")
     return session
@@ -113,39 +137,42 @@ class _Call:
 
     Attributes:
         output: What the first call returned.
+        made: Whether it has returned.
     """
 
-    output: Any = None
-
     def __init__(self, pipe: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+        self.output: Any = None
+        self.made = False
         self._pipe, self._args, self._call = pipe, args, call
         leaves = tree_leaves((args, call))
         self._generators = [each for each in leaves if isinstance(each, torch.Generator)]
+        device = getattr(pipe, "_execution_device", pipe.device)  # of an offloaded one, too
+        self._cuda = device if device.type == "cuda" else None
         self._begin = self._states()
-        self._made = False
 
     def _states(self) -> list[torch.Tensor]:
         states = [each.get_state() for each in self._generators] + [torch.get_rng_state()]
-        on_gpu = self._pipe.device.type == "cuda"
-        return states + ([torch.cuda.get_rng_state(self._pipe.device)] if on_gpu else [])
+        return states + ([] if self._cuda is None else [torch.cuda.get_rng_state(self._cuda)])
 
     def _go_to(self, states: list[torch.Tensor]) -> None:
         for each, state in zip(self._generators, states, strict=False):
             each.set_state(state)
         torch.set_rng_state(states[len(self._generators)])
-        if len(states) > len(self._generators) + 1:
-            torch.cuda.set_rng_state(states[-1], self._pipe.device)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(states[-1], self._cuda)
 
     def __call__(self) -> None:
-        if not self._made:
-            self.output, self._made = self._pipe(*self._args, **self._call), True
+        if not self.made:
+            self.output, self.made = self._pipe(*self._args, **self._call), True
             return
-        call, after = dict(self._call), self._states()
-        if "output_type" in inspect.signature(type(self._pipe).__call__).parameters:
-            call["output_type"] = "latent"
+        signature = inspect.signature(type(self._pipe).__call__)
+        given = signature.bind(self._pipe, *self._args, **self._call)
+        if "output_type" in signature.parameters:
+            given.arguments["output_type"] = "latent"
+        after = self._states()
         self._go_to(self._begin)
         try:
-            self._pipe(*self._args, **call)
+            type(self._pipe).__call__(*given.args, **given.kwargs)
         finally:
             self._go_to(after)  # as if there had been the first call alone
 

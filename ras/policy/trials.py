@@ -67,6 +67,7 @@ class Trials:
         self._final: list[Tensor] = []
         self._noise: dict[int, Tensor] = {}  # by the stage after it, of that run
         self._after: Any = None
+        self._listens = False  # whether the noise is kept
 
     def _made(self, config: RASConfig) -> Iterator[Tensor]:
         """What each call ends with, `(S, n)` float64."""
@@ -86,7 +87,8 @@ class Trials:
         assert session is not None and session.run is not None
         if session.run is not self.run:  # some pipelines make several runs in a call
             self.run, self._noise = session.run, {}
-        self._noise.setdefault(self.run.stage, noise)
+        if self._listens:  # to a copy, as models may write to one place in each step
+            self._noise.setdefault(self.run.stage, noise.clone())
         self._after = after[0]
 
     def dense(self, config: RASConfig, tick: Callable[[], object]) -> dict[str, Any]:
@@ -96,17 +98,20 @@ class Trials:
         steps (`kernel`), of how many `samples`, and the guidance.
 
         Raises:
-            ValueError: Noise that is not finite.
+            ValueError: A run that breaks off, or noise that is not finite.
         """
         kernels: list[Any] = []
-        self._final = []
+        self._final, self._listens = [], True
         for final in self._made(config):
             self._final.append(final)
             run = self.run
             assert run is not None
             stages = range(1, len(run.clock.stages), run.clock.order)
+            if not {*stages} <= self._noise.keys():
+                raise ValueError("there is nothing to learn from a run that leaves out steps")
             kernels += [*covariances([self._noise[at] for at in stages])]
             tick()
+        self._listens = False
         assert run is not None
         if not np.isfinite(kernels).all():
             raise ValueError("there is nothing to learn from noise that is not finite")

@@ -9,7 +9,7 @@ from PIL import Image
 from support.zoo import ENTRIES
 
 import ras
-from ras.pictures import animated, heat_map, region_map
+from ras.pictures import animated, film, heat_map, region_map
 from ras.pictures.decoder import preparation
 from ras.pictures.film import _Film
 from ras.sessions import session_of
@@ -237,3 +237,14 @@ def test_another_way_is_none():
     over = torch.cat([last[..., :4], torch.ones(1, 4, 6, 4)], -1)
     for became in (over, last[:, :2], last[..., :6], last.flip(-1), last.flatten(2)):
         assert preparation(last, became, (3, 4)) is None
+
+
+def test_of_a_video_shares_are_of_all_frames(monkeypatch):
+    """Also where the middle frame, which is shown, has none of the tokens that walked."""
+    walked = torch.zeros(2, 1, 4, 3, 5, dtype=torch.bool)
+    walked[0], walked[1, 0, 0] = True, True
+    shares = []
+    monkeypatch.setattr(film, "_frame", lambda image, regions, each, step: shares.append(each))
+    stats = ras.Stats(ras.RASConfig(), steps=("dense", "sparse"), walked=walked)
+    _Film(None).frames(stats)
+    assert shares == [[1.0, 0.25]] * 2

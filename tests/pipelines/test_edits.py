@@ -20,6 +20,7 @@ from ras.policy import edits
 from ras.policy.selection import Selection
 from ras.references import references_under
 from ras.session import Session
+from ras.sessions import session_of
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),
@@ -362,6 +363,26 @@ def test_a_picture_in_the_channels_stays_beside_the_mask(margin):
     own = torch.zeros_like(expected)
     own[:3, :3] = True
     assert torch.equal(latents[:, own.flatten()], free[:, own.flatten()])
+
+
+def test_latents_in_a_list_have_no_picture_in_their_channels():
+    pipe, call = ENTRIES["z-image-inpaint"].build()
+    told = pytest.warns(ras.RASWarning, match="no picture")
+    with ras.enabled(pipe, speedup=2, preserve=True), told:
+        call(STEPS)
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+def test_a_run_that_breaks_off_keeps_no_picture(preserve):
+    pipe, call = ENTRIES["flux-fill"].build()
+    ras.enable(pipe, speedup=2, preserve=preserve)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call(STEPS, callback_on_step_end=stop)
+    assert session_of(pipe)._mask_watch.picture is None
 
 
 def test_nothing_to_preserve_is_said():

@@ -1,5 +1,6 @@
 """Learning: from one call of a pipeline, for all later ones like it."""
 
+import itertools
 import json
 import math
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from diffusers import StableDiffusion3InpaintPipeline
 from support import pipelines
-from support.pipelines import normal, sd3_inputs
+from support.pipelines import normal
 from support.snapshot import Snapshot, check_undone
 
 import ras
 from ras.clock import Clock
+from ras.policy import trials
 from ras.policy.error_model import covariance
 from ras.policy.trials import Trials, covariances, mean_of, mixed
 
@@ -168,29 +170,73 @@ def test_what_other_runs_are_planned_by(pipe, monkeypatch):
         assert ras.stats(pipe).plan != learnt.plan
 
 
-def test_under_a_mask_of_the_call_the_default_stays(monkeypatch):
-    """The plan is the mask's, which nothing was tried against."""
-    monkeypatch.setattr(Trials, "errors", None)
-    mask = torch.zeros(1, 1, 128, 128)
-    mask[..., :64, :64] = 1
-    parts = dict(vae=pipelines.autoencoder())
-    pipe = ras.enable(pipelines.sd3(StableDiffusion3InpaintPipeline, **parts), speedup=2)
-    call = dict(image=normal(1, 3, 128, 128).sigmoid(), mask_image=mask)
-    call |= dict(num_inference_steps=STEPS, strength=1.0, generator=noise())
-    ras.learn(pipe, **sd3_inputs(pipe, latents=False), **call)
-    assert "the default plan" in ras.stats(pipe).learnt
-    assert ras.stats(pipe).config == ras.RASConfig(speedup=2)
+def not_finite(pipe, monkeypatch):
+    pipe.transformer.proj_out.bias.data.fill_(float("nan"))
+    return {}
 
 
-def test_noise_that_is_not_finite_teaches_nothing(pipe):
+def breaks_off(pipe, monkeypatch):
+    def stop(pipe, step, timestep, state):
+        pipe._interrupt = step >= 5
+        return {}
+
+    return dict(callback_on_step_end=stop)
+
+
+def in_no_file(pipe, monkeypatch):
+    def save(plan, path):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(ras.Plan, "save", save)
+    return dict(file="plan.json")
+
+
+@pytest.mark.parametrize(
+    "fault, told",
+    [(not_finite, "not finite"), (breaks_off, "leaves out steps"), (in_no_file, "disk is full")],
+)
+def test_what_goes_wrong_after_the_call_costs_no_image(pipe, monkeypatch, tmp_path, fault, told):
+    monkeypatch.chdir(tmp_path)
+    more = fault(pipe, monkeypatch)
+    call = {name: value for name, value in more.items() if name != "file"}
+    expected = draw(pipe, **call)
     ras.enable(pipe, speedup=2)
-    inputs = {
-        name: value * float("nan") if "embeds" in name else value
-        for name, value in sd3_inputs(pipe).items()
-    }
-    with pytest.raises(ValueError, match="not finite"):
-        ras.learn(pipe, num_inference_steps=STEPS, **inputs)
+    with pytest.warns(ras.RASWarning, match=f"ras.learn: .*{told}"):
+        images = ras.learn(pipe, "a red ring", generator=noise(), **CALL, **more).images
+    assert np.array_equal(images, expected, equal_nan=True)
     assert ras.stats(pipe).config == ras.RASConfig(speedup=2)
+
+
+def test_noise_that_a_model_writes_to_one_place(pipe, monkeypatch):
+    """As captured and compiled ones do: each step's is another one."""
+    place, seen = [], []
+
+    def hook(module, args, output):
+        place[:] = place or [output[0].clone()]
+        place[0].copy_(output[0])
+        return (place[0],)
+
+    def noted(noises):
+        seen.extend(noises)
+        return covariances(noises)
+
+    pipe.transformer.register_forward_hook(hook)
+    monkeypatch.setattr(trials, "covariances", noted)
+    ras.enable(pipe, speedup=2)
+    ras.learn(pipe, "a red ring", generator=noise(), **{**CALL, "guidance_scale": 1.0})
+    assert len(seen) == STEPS and all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
+
+
+def test_what_the_pipeline_refuses_is_its_own_error(pipe):
+    ras.enable(pipe, speedup=2)
+    with pytest.raises(ValueError, match="divisible"):
+        ras.learn(pipe, "a red ring", **{**CALL, "height": 17})
+
+
+def test_the_usual_speed_up_of_few_steps(pipe):
+    ras.enable(pipe)
+    ras.learn(pipe, "a red ring", generator=noise(), **{**CALL, "num_inference_steps": 4})
+    assert ras.stats(pipe).learnt.startswith("1x in 4 steps")
 
 
 def test_who_cannot_learn(pipe, tmp_path):
@@ -203,9 +249,14 @@ def test_who_cannot_learn(pipe, tmp_path):
         dict(sample_ratio=0.5),
         dict(sample_ratio="edited", speedup=2),
         dict(mask=torch.ones(16, 16)),
+        dict(speedup=2, error_reset_steps=(7,)),
+        dict(speedup=2, scheduler_end_step=9),
     ):
         with ras.enabled(pipe, **settings), pytest.raises(ValueError, match="speedup= alone"):
             ras.learn(pipe)
+    painting = ras.enable(pipelines.sd3(StableDiffusion3InpaintPipeline))
+    with pytest.raises(ValueError, match="mask=False"):
+        ras.learn(painting)
     with ras.enabled(pipe), pytest.raises(TypeError, match="file"):
         ras.learn(pipe, file=3)
     for file in (tmp_path, tmp_path / "nowhere" / "plan.json"):
