@@ -128,8 +128,7 @@ def _of_least_error(
     model = ErrorModel(clock.weights, kernel, hold=hold, even=even, past=sorted(past))
     if not layout.grid:
         return plan_whole(model, speedup, pinned)
-    pays = speedup > 1 and mask_pays(config, layout, masked_tokens)
-    if masked_tokens is not None and pays:
+    if masked_tokens is not None and mask_pays(config, layout, masked_tokens):
         return plan_masked(
             model,
             speedup,
@@ -237,7 +236,7 @@ def plan_masked(
     must = {0, *pinned}
     budget = max(model.steps / speedup, 1) - _spent(done, layout, text) / full
     free = model.steps - len(model.past)
-    count = max(int(budget / (1 + PARTIALS * partial)), len(must))
+    count = max(int(budget / (1 + PARTIALS * partial)), len(must)) if budget < free else free
     # Where there are not steps enough for so many partial ones, more are dense, if there is room.
     room = budget - partial
     while count + 1 < room and count + round((budget - count) / partial) > free:

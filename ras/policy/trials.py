@@ -76,6 +76,8 @@ class Trials:
             try:
                 for call in self._calls:
                     rows = call()
+                    if rows is None and self._after is None:
+                        raise ValueError("there is nothing to learn from a call without steps")
                     yield self._after.flatten(1).double() if rows is None else rows
             finally:
                 watch.remove()

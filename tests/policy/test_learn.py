@@ -183,6 +183,11 @@ def breaks_off(pipe, monkeypatch):
     return dict(callback_on_step_end=stop)
 
 
+def unseen(pipe, monkeypatch):
+    monkeypatch.setattr(Trials, "_see", lambda *_: None)
+    return {}
+
+
 def in_no_file(pipe, monkeypatch):
     def save(plan, path):
         raise OSError("the disk is full")
@@ -193,7 +198,12 @@ def in_no_file(pipe, monkeypatch):
 
 @pytest.mark.parametrize(
     "fault, told",
-    [(not_finite, "not finite"), (breaks_off, "leaves out steps"), (in_no_file, "disk is full")],
+    [
+        (not_finite, "not finite"),
+        (breaks_off, "leaves out steps"),
+        (unseen, "without steps"),
+        (in_no_file, "disk is full"),
+    ],
 )
 def test_what_goes_wrong_after_the_call_costs_no_image(pipe, monkeypatch, tmp_path, fault, told):
     monkeypatch.chdir(tmp_path)
