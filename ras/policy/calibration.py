@@ -31,7 +31,7 @@ from ..plan import Plan, speedup_of
 from .candidates import factors, first_plans, neighbours
 from .error_model import ErrorModel, covariance
 from .planner import TOLERANCE, plan_run
-from .trials import Trials, by_sample, clock_and_layout, mixed, sure_gain
+from .trials import Trials, by_sample, check_free, clock_and_layout, mixed, sure_gain
 
 ROUNDS = 4  # of improving the plan by real runs
 TRIED = 12  # plans in a round, those of least modelled error
@@ -78,9 +78,10 @@ def calibrate(
 
     Raises:
         TypeError: An argument of a wrong type.
-        ValueError: A number out of its range, fewer than two prompts, an enabled pipeline, one that
-            RAS does not support or that returns no latents, or a checkpoint of another
-            calibration, which says in what it differs.
+        ValueError: A number out of its range, fewer than two prompts, settings that say already
+            what each step computes, an enabled pipeline, one that RAS does not support or that
+            returns no latents, or a checkpoint of another calibration, which says in what it
+            differs.
     """
     if not callable(pipe) or isinstance(pipe, nn.Module):
         raise TypeError(f"calibrate takes a pipeline, got {type(pipe).__name__}")
@@ -102,7 +103,9 @@ def calibrate(
     check_count("batch_size", batch_size)
     if config is not None and not isinstance(config, RASConfig):
         raise TypeError(f"config must be a RASConfig, got {shown(config)}")
-    config = replace(config or RASConfig(), speedup=speedup, sample_ratio=None, plan=None)
+    config = config or RASConfig()
+    check_free(config, "there is nothing to calibrate")
+    config = replace(config, speedup=speedup)
     if not isinstance(shares, Sequence) or isinstance(shares, str | bytes):
         raise TypeError(f"shares must be a list of numbers, got {shown(shares)}")
     for share in shares:

@@ -25,15 +25,7 @@ from ..sessions import session_of
 from .candidates import first_plans
 from .error_model import ErrorModel, covariance
 from .planner import plan_run
-from .trials import Trials, clock_and_layout, mixed, sure_gain
-
-SAYING = (  # settings that say what some steps compute
-    "plan",
-    "sample_ratio",
-    "error_reset_steps",
-    "scheduler_start_step",
-    "scheduler_end_step",
-)
+from .trials import Trials, check_free, clock_and_layout, mixed, sure_gain
 
 
 def learn(
@@ -121,12 +113,7 @@ def _learner(pipe: Any, file: Any) -> Session:
             "there is nothing to learn where a mask says what steps compute; enable an inpainting "
             "pipeline with mask=False, and others with speedup= alone"
         )
-    for name in SAYING:
-        if getattr(session.config, name) is not None:
-            raise ValueError(
-                f"there is nothing to learn where {name}= says what steps compute; enable with "
-                "speedup= alone"
-            )
+    check_free(session.config, "there is nothing to learn")
     if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
         raise ValueError(f"file must be a file's path in a folder that there is, got {shown(file)}")
     return session

@@ -40,6 +40,21 @@ MIDDLE = 0.1, 0.97  # noise levels between which changes are compared
 SURE = 2.0  # standard errors by which a plan must be nearer than the default's to take its place
 SPREAD = 4.0  # dB by which gains of a plan differ from sample to sample, before any is known
 LEAST = 1e-20  # error, of plans that leave nothing out
+SAYING = (
+    "plan",
+    "sample_ratio",
+    "error_reset_steps",
+    "scheduler_start_step",
+    "scheduler_end_step",
+)
+"""Settings that say what some steps compute."""
+
+
+def check_free(config: RASConfig, told: str) -> None:
+    """Raise a ValueError, which begins as told, where settings leave a plan nothing to choose."""
+    for name in SAYING:
+        if getattr(config, name) is not None:
+            raise ValueError(f"{told} where {name}= says what steps compute; give speedup= alone")
 
 
 class Trials:

@@ -517,6 +517,16 @@ def test_settings_have_a_size_of_their_own():
         (ValueError, dict(speedup=0.5), "speedup.*0.5"),
         (TypeError, dict(speedup="2"), "speedup.*2"),
         (TypeError, dict(config=3), "config.*3"),
+        *(
+            (ValueError, dict(config=ras.RASConfig(**{name: value})), f"calibrate where {name}=")
+            for name, value in dict(
+                plan=[1, 0],
+                sample_ratio=0.5,
+                error_reset_steps=(7,),
+                scheduler_start_step=2,
+                scheduler_end_step=9,
+            ).items()
+        ),
         (TypeError, dict(shares=0.5), "shares.*0.5"),
         (ValueError, dict(shares=[1.5]), "shares.*1.5"),
         (TypeError, dict(pipe=3), "pipeline.*int"),
