@@ -1,6 +1,7 @@
 """The command line, run through `main` and once as a process."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -49,9 +50,10 @@ def test_compares(folder, tmp_path, capsys):
 
     picture = Image.open(out)
     counts = stats.region_counts[0].numpy()
-    panels = [dense, sparse, pictures.heat_map(counts, SIZE)]
-    (x0, y0), (x1, y1), (x2, y2) = (place(picture, panel) for panel in panels)
-    assert x0 + SIZE[0] < x1 and x1 + SIZE[0] < x2 and y0 == y1 == y2
+    panels = [dense, sparse, pictures.difference_map(dense, sparse)]
+    panels.append(pictures.heat_map(counts, SIZE))
+    xs, ys = zip(*(place(picture, panel) for panel in panels))
+    assert all(x + SIZE[0] < other for x, other in itertools.pairwise(xs)) and len({*ys}) == 1
 
     assert report["speedup"] == report["seconds_dense"] / report["seconds_ras"]
     assert report["psnr_db"] == pictures.psnr(dense, sparse) and report["identical"] is False
