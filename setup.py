@@ -1,4 +1,7 @@
-"""`pip install .` installs the packages `ras` and `ras_kernels` and the command `ras`."""
+"""`pip install .` installs the packages `ras` and `ras_kernels` and the command `ras`.
+
+The distribution is `ras-diffusion`: on PyPI, `ras` is another project.
+"""
 
 import re
 from pathlib import Path
@@ -13,12 +16,13 @@ assert VERSION is not None
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(
-    name="ras",
+    name="ras-diffusion",
     version=VERSION[1],
     description="Region-adaptive sampling of diffusion transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["ras", "ras.*", "ras_kernels", "ras_kernels.*"]),
     package_data={

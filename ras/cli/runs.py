@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
+from PIL import Image, ImageChops
 
 import ras
 
-from ..pictures import animated, psnr
+from ..pictures import animated, difference_map, psnr
 from ..pictures.panels import comparison
 from ..stats import aligned
 from .loading import Pipeline, quiet
@@ -176,7 +176,12 @@ def finite(decibels: float) -> float | None:
 def side_by_side(
     panels: list[tuple[str, Image.Image]], sparse: RasRun, report: dict[str, Any], more: list[str]
 ) -> Image.Image:
-    """Images by their titles, the map of how often each region was computed, and the figures."""
+    """Images by their titles, the last two's difference, the map of regions, and the figures.
+
+    These two are the dense image and that with RAS; the map is of how often each was computed.
+    """
+    dense, image = (each.convert("RGB") for _, each in panels[-2:])
+    most = max(high for _, high in ImageChops.difference(dense, image).getextrema())
     counts = sparse.stats.region_counts
     if counts is None:  # nobody says where the tokens are: the image as a whole
         counts = torch.full((1, 1, 1), report["steps_dense"])
@@ -190,7 +195,7 @@ def side_by_side(
         *more,
     ]
     return comparison(
-        panels,
+        [*panels, (f"Difference, at most {most}", difference_map(dense, image))],
         counts[0].cpu().numpy(),
         "Times computed",
         caption=(report["prompt"], " · ".join(told)),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch.utils._pytree import tree_leaves
 
 from ..checks import check_kind, shown
@@ -58,7 +59,8 @@ def learn(
     session = _learner(pipe, file)
     dense = _Call(pipe, args, call)
     try:
-        plan = _taught(pipe, session, dense)
+        with diffusers_logging.tqdm(total=1, desc="learning") as bar:
+            plan = _taught(pipe, session, dense, bar)
         session.learnt = plan.note
         if file is not None:
             plan.save(file)
@@ -69,11 +71,14 @@ def learn(
     return dense.output
 
 
-def _taught(pipe: Any, session: Session, dense: _Call) -> Plan:
-    """The plan that the samples of a call are nearest by; the session plans by it from now on."""
+def _taught(pipe: Any, session: Session, dense: _Call, bar: Any) -> Plan:
+    """The plan that the samples of a call are nearest by; the session plans by it from now on.
+
+    The bar goes on by one for each call of the pipeline.
+    """
     config = session.config
     trials = Trials(pipe, [dense], session.using)
-    measured = trials.dense(replace(config, speedup=1.0), _nothing)
+    measured = trials.dense(replace(config, speedup=1.0), bar.update)
     clock, layout = clock_and_layout(measured)
     prior = covariance(clock, config.extrapolation or EXTRAPOLATION)
     kernel = mixed(np.array(measured["kernel"]), measured["samples"], prior)
@@ -81,8 +86,9 @@ def _taught(pipe: Any, session: Session, dense: _Call) -> Plan:
     usual = plan_run(config, clock, layout).plan
     speedup = config.speedup or speedup_of(usual, layout, config)
     plans = first_plans(model, usual, speedup, clock.sigmas, layout, config)
+    bar.total = 1 + len(plans)
     errors = {
-        plan: trials.errors(replace(config, speedup=None, plan=plan), _nothing) for plan in plans
+        plan: trials.errors(replace(config, speedup=None, plan=plan), bar.update) for plan in plans
     }
     gains = {
         plan: -math.inf if found is None else sure_gain(found, errors[usual])
@@ -162,7 +168,3 @@ class _Call:
             type(self._pipe).__call__(*given.args, **given.kwargs)
         finally:
             self._go_to(after)  # as if there had been the first call alone
-
-
-def _nothing() -> None:
-    pass

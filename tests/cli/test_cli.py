@@ -1,77 +1,27 @@
 """The command line, run through `main` and once as a process."""
 
 import dataclasses
+import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from string import ascii_lowercase
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
-    PRXPipeline,
-    StableDiffusion3Pipeline,
-    UNet2DModel,
-)
+from diffusers import PRXPipeline
 from PIL import Image
-from support import pipelines
+from support.command import HALF, PLAN, PROMPT, SIZE, by_hand, generate, pixels
 from support.zoo import ENTRIES
-from transformers import CLIPTokenizer
 
 import ras
 import ras_kernels
 from ras import cli, pictures
 
-PROMPT = "a ring"  # short enough for the small model's tokenizers
-SIZE = (128, 96)  # width and height, so that exchanging them shows
-HALF = dict(speedup=2)
-PLAN = ras.Plan((1, 1, 0.25, 0, 1, 0), (0, 0, 0.5, 0.5, 0, 1), "for six steps")
 RATIO = dict(sample_ratio=0.25)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small SD3 pipeline of random weights, saved as its users' pipelines are."""
-    words = tmp_path_factory.mktemp("tokenizer")
-    vocabulary = [letter + end for letter in ascii_lowercase for end in ("", "</w>")]
-    ids = {"<|startoftext|>": 62, "<|endoftext|>": 63, **{v: i for i, v in enumerate(vocabulary)}}
-    (words / "vocab.json").write_text(json.dumps(ids))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=8)
-    parts = {**pipelines.text_encoders(), "tokenizer": tokenizer, "tokenizer_2": tokenizer}
-    path = tmp_path_factory.mktemp("model")
-    pipelines.sd3(vae=pipelines.autoencoder(), parts=parts).save_pretrained(path)
-    return path
-
-
-def generate(folder, out, *options):
-    """`ras generate` on the small model; for seconds' sake few steps, half of them skipped."""
-    size = ("--width", str(SIZE[0]), "--height", str(SIZE[1]))
-    asked = {"--speedup", "--plan", "--sample-ratio"} & {*options}
-    half = () if asked else ("--speedup", "2")
-    given = ("--model", str(folder), "--out", str(out), "--steps", "6", *half, *size, *options)
-    return cli.main(["generate", PROMPT, *given])
-
-
-def error_line(capsys):
-    """The one line that a refused command prints."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("ras: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
-def pixels(image):
-    return np.asarray(image.convert("RGB"))
 
 
 def place(picture, panel):
@@ -84,18 +34,6 @@ def place(picture, panel):
             if (window[0] == panel[0]).all() and (window == panel).all():
                 return x, y
     raise AssertionError("the panel is not in the picture")
-
-
-def by_hand(folder, settings=None, seed=0, steps=6, **call):
-    """What the interface gives for the same image: it and, with settings, the statistics."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    pipe = pipelines.quiet(pipe)
-    if settings is not None:
-        ras.enable(pipe, **settings)
-    generator = torch.Generator().manual_seed(seed)
-    call = {"width": SIZE[0], "height": SIZE[1], **call}
-    image = pipe(PROMPT, num_inference_steps=steps, generator=generator, **call).images[0]
-    return image, None if settings is None else ras.stats(pipe)
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -112,9 +50,10 @@ def test_compares(folder, tmp_path, capsys):
 
     picture = Image.open(out)
     counts = stats.region_counts[0].numpy()
-    panels = [dense, sparse, pictures.heat_map(counts, SIZE)]
-    (x0, y0), (x1, y1), (x2, y2) = (place(picture, panel) for panel in panels)
-    assert x0 + SIZE[0] < x1 and x1 + SIZE[0] < x2 and y0 == y1 == y2
+    panels = [dense, sparse, pictures.difference_map(dense, sparse)]
+    panels.append(pictures.heat_map(counts, SIZE))
+    xs, ys = zip(*(place(picture, panel) for panel in panels))
+    assert all(x + SIZE[0] < other for x, other in itertools.pairwise(xs)) and len({*ys}) == 1
 
     assert report["speedup"] == report["seconds_dense"] / report["seconds_ras"]
     assert report["psnr_db"] == pictures.psnr(dense, sparse) and report["identical"] is False
@@ -255,95 +194,6 @@ def test_runs_as_a_process(folder, tmp_path):
     assert said[0] == said[1], done.stderr
     assert json.loads(done.stdout)["out"] == "out.png"
     assert (tmp_path / "out.png").exists()
-
-
-# --- what is refused ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--model", "/nowhere"], "/nowhere"),
-        (["--model", "."], "model_index.json"),
-        (["--model", "letter.txt"], "letter.txt"),
-        (["--model", "org/name/more"], "org/name/more"),
-        (["--out", "out.gif"], ".png"),
-        (["--out", "nowhere/out.png"], "nowhere"),
-        (["--out", "folder.png"], "folder.png"),
-        (["--device", "toaster"], "toaster"),
-        (["--device", "cuda:99"], "cuda:99 is not available on this machine"),
-        (["--dtype", "int8"], "int8"),
-        (["--steps", "0"], "from 1 to 10000, got '0'"),
-        (["--steps", "many"], "many"),
-        (["--seed", "-1"], "-1"),
-        (["--seed", str(2**64)], str(2**64)),
-        (["--sample-ratio", "1.5"], "1.5"),
-        (["--sample-ratio", "nan"], "nan"),
-        (["--speedup", "0.5"], "at least 1, got 0.5"),
-        (["--speedup", "nan"], "nan"),
-        (["--speedup", "inf"], "inf"),
-        (["--speedup", "fast"], "fast"),
-        (["--plan", "nowhere.json"], "nowhere.json"),
-        (["--plan", "folder.png"], "folder.png"),
-        (["--plan", "letter.txt"], "letter.txt is no plan"),
-        (["--plan", "wrong.json"], "wrong.json is no plan: shares must be from 0 to 1, got 2"),
-        (["--plan", "plan.json", "--speedup", "2"], "leave out speedup"),
-        (["--plan", "plan.json", "--sample-ratio", "0.5"], "leave out speedup"),
-        (["--guidance-scale", "inf"], "inf"),
-        (["--height", "-8"], "-8"),
-        (["--unheard-of"], "--unheard-of"),
-    ],
-)
-def test_refuses_a_wrong_option(options, named, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("letter.txt").touch()
-    Path("folder.png").mkdir()
-    Path("wrong.json").write_text('{"ras_plan": 1, "shares": [1, 2]}')
-    PLAN.save("plan.json")
-    monkeypatch.setattr(cli.generate, "load", lambda *_: pytest.fail("loaded a model"))
-    assert cli.main(["generate", PROMPT, *options]) == 2
-    assert named in error_line(capsys)
-
-
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", " "]])
-def test_refuses_a_wrong_command(arguments, capsys):
-    assert cli.main(arguments) == 2
-    error_line(capsys)
-
-
-def test_refuses_a_size_that_the_model_cannot_make(folder, tmp_path, capsys):
-    out = tmp_path / "out.png"
-    assert generate(folder, out, "--height", "100") == 2
-    assert "100" in error_line(capsys)
-    assert not out.exists()
-
-
-def test_refuses_pickled_weights(folder, tmp_path, capsys):
-    copy = tmp_path / "model"
-    shutil.copytree(folder, copy)
-    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
-    torch.save(safetensors.torch.load_file(weights), weights.with_suffix(".bin"))
-    weights.unlink()
-    assert generate(copy, tmp_path / "out.png") == 2
-    assert "safetensors" in error_line(capsys)
-
-
-def test_refuses_another_kind_of_pipeline(tmp_path, capsys):
-    unet = UNet2DModel(
-        8,
-        3,
-        3,
-        block_out_channels=(4,),
-        norm_num_groups=2,
-        layers_per_block=1,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
-    capsys.readouterr()
-    assert generate(tmp_path / "model", tmp_path / "out.png") == 2
-    assert "DDPMPipeline" in error_line(capsys)
 
 
 # --- the rest -------------------------------------------------------------------------------------

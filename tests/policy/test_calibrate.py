@@ -1,4 +1,4 @@
-"""`ras.calibrate`, which measures a plan, and `ras.plan`, which shows one before a run."""
+"""`ras.calibrate`, which measures a plan."""
 
 import functools
 import itertools
@@ -13,8 +13,7 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from support import pipelines
 from support.oracle import relative_error
-from support.pipelines import normal
-from support.runs import Stop, held_like, merged, planned, predicted
+from support.runs import Stop
 from support.snapshot import Snapshot, check_undone
 from support.zoo import ENTRIES
 from torch.utils._pytree import tree_leaves
@@ -23,7 +22,7 @@ import ras
 from ras import cli
 from ras.clock import Clock
 from ras.layout import Layout
-from ras.policy import calibration, candidates
+from ras.policy import calibration
 from ras.policy.error_model import ErrorModel, covariance
 from ras.policy.planner import plan_run, plan_speedup
 from ras.policy.trials import Trials, mixed, sure_gain
@@ -190,29 +189,6 @@ def test_the_kernel_is_that_of_the_guided_noise(monkeypatch, tmp_path, scheduler
     assert {*map(tuple, tried)} == {best, usual} and plan.shares in (best, usual)
 
 
-def test_factors_amount_to_the_models_gains():
-    """What a run makes of a factor is the best prediction from the measured covariance."""
-    generator = np.random.default_rng(0)
-    sigmas = [1, 0.9, 0.8, 0.65, 0.5, 0.3, 0.1, 0]
-    wander = generator.normal(size=(7, 7)) * 0.1
-    kernel = covariance(Clock(tuple(sigmas)), 0.5) + wander @ wander.T
-    model = ErrorModel(Clock(tuple(sigmas)).weights, kernel, hold=False)
-    shares = (1, 0, 1, 1, 0, 0.5, 0)
-    found = candidates.factors(model, sigmas, shares)
-    assert [found[s] for s in (0, 1, 2, 3)] == [0, 0, 0, 0]
-    held = held_like(torch.zeros(1, 1, 1))
-    for step, noise in ((2, 0.0), (3, 1.0)):
-        merged(held, torch.full((1, 1, 1), noise), None, sigmas[step], 0.0)
-    gains = model.gains(2, 3, np.arange(4, 7))
-    for step, gain in zip((4, 5, 6), gains):
-        low, high = candidates.FACTORS
-        if low < found[step] < high:
-            assert predicted(held, sigmas[step], found[step]).item() - 1 == pytest.approx(
-                gain, abs=1e-3
-            )
-    assert any(candidates.FACTORS[0] < found[s] < candidates.FACTORS[1] for s in (4, 5, 6))
-
-
 def test_a_move_costs_what_it_saves(monkeypatch):
     """Round after round of plans that seem better: the speed-up stays the asked one."""
     monkeypatch.setattr(calibration, "ROUNDS", 6)
@@ -223,29 +199,6 @@ def test_a_move_costs_what_it_saves(monkeypatch):
     for speedup in (1.6, 2.0):
         plan = calibrate(pipe, speedup)
         assert plan.speedup(64, 12) == pytest.approx(speedup, rel=0.03)
-
-
-@pytest.mark.parametrize("tokens, text", [(64, 12), (4096, 333), (4096, 0)])
-def test_neighbours_are_one_move_away(tokens, text):
-    shares = (1, 1, 0, 1, 0, 0.5, 0, 1, 0, 0)
-    model = ErrorModel([0.1] * 10, np.eye(10), hold=False)
-    layout = Layout((tokens,), text)
-    near = candidates.neighbours(model, shares, (0.25, 0.5), layout, reuse_text=False)
-    assert len(near) == len(set(near)) and shares not in near
-    for plan in near:
-        ras.Plan(plan)
-        changed = [s for s in range(10) if plan[s] != shares[s]]
-        if sorted(plan) == sorted(shares):  # a step went elsewhere
-            a, b = changed
-            assert abs(a - b) <= 3 and {plan[a], plan[b]} == {shares[a], shares[b]}
-            assert 0 in (plan[a], plan[b])
-        else:  # a dense step became partial ones
-            (split,) = [s for s in changed if shares[s] == 1]
-            assert all(shares[s] == 0 for s in changed if s != split)
-            (size,) = {plan[s] for s in changed}
-            assert size in (0.25, 0.5)
-            spent = len(changed) * (size * tokens + text)
-            assert abs(spent - tokens - text) <= (size * tokens + text) / 2
 
 
 def test_goes_on_from_a_checkpoint(monkeypatch, tmp_path):
@@ -408,103 +361,6 @@ def test_references_count(tmp_path):
 
 
 # --- plan -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scheduler", [pipelines.euler, FlowMatchHeunDiscreteScheduler])
-@pytest.mark.parametrize(
-    "settings", [dict(speedup=2), dict(speedup=3, reuse_text=True), dict(sample_ratio=0.5)]
-)
-def test_plan_is_what_a_run_then_does(settings, scheduler):
-    """By the model's own size and the pipeline's default arguments."""
-    pipe = build(scheduler=scheduler())
-    ras.enable(pipe, **settings)
-    latents(pipe)
-    last, timesteps = ras.stats(pipe).plan, pipe.scheduler.timesteps
-    found = ras.plan(pipe, 6)
-    plan, text = found.plan, str(found)
-    assert ras.stats(pipe).plan == last and pipe.scheduler.timesteps is timesteps
-    pipe("a red ring", num_inference_steps=6, output_type="latent")
-    stats = ras.stats(pipe)
-    assert plan == stats.plan
-    assert str(plan) in text and "256 image and 264 text tokens" in text
-    shown = float(re.search(r"speed-up ([\d.]+)", text)[1])
-    assert shown == pytest.approx(found.speedup, abs=1e-3)
-    reuse_text = settings.get("reuse_text", False)
-    assert shown == pytest.approx(plan.speedup(256, 264, reuse_text=reuse_text), abs=1e-3)
-    if scheduler is pipelines.euler:
-        assert shown == pytest.approx(stats.speedup_ceiling, abs=1e-3)
-
-
-def test_plan_of_a_given_size():
-    pipe = build()
-    plan = ras.plan(pipe, 12, height=128, width=96, text_tokens=12)
-    assert "48 image and 12 text tokens" in str(plan)
-    with ras.enabled(pipe):
-        call = {**CALL, "width": 96}
-        pipe("a", num_inference_steps=12, output_type="latent", **call)
-        assert ras.stats(pipe).plan == plan.plan
-
-
-def test_plan_of_lumina():
-    pipe = pipelines.lumina()
-    ras.enable(pipe, speedup=2.5)
-    plan = ras.plan(pipe, 10, height=128, width=192)
-    assert "96 image and 0 text tokens" in str(plan)
-    pipe(**pipelines.lumina_inputs(pipe, height=16, width=24), num_inference_steps=10)
-    assert ras.stats(pipe).plan == plan.plan
-
-
-def test_plan_with_a_mask():
-    mask = np.zeros((8, 8), np.float32)
-    mask[:1] = 1
-    pipe = build()
-    ras.enable(pipe, mask=mask, mask_margin=0)
-    plan = ras.plan(pipe, STEPS, height=128, width=128, text_tokens=12)
-    latents(pipe)
-    assert ras.stats(pipe).plan == plan.plan and 0.125 in plan.plan.shares
-
-
-def test_plan_of_settings():
-    config = ras.RASConfig(speedup=2.5)
-    plan = ras.plan(config, 28)
-    assert "4096 image and 333 text tokens" in str(plan)
-    scheduler = pipelines.euler()
-    scheduler.set_timesteps(28)
-    assert plan.plan == planned(config, scheduler.sigmas.tolist(), 4096, 333)[0]
-    assert plan.speedup == pytest.approx(2.5, rel=0.03)
-    assert math.prod(plan.plan.shares) == 0
-
-
-def test_plan_says_what_cannot_be_met():
-    found = ras.plan(ras.RASConfig(speedup=50), 8)
-    assert "50 cannot be met in 8 steps" in found.warning and found.warning in str(found)
-
-
-def test_plan_takes_a_pipeline_or_settings():
-    for wrong in (pipelines.sd3().transformer, 2.5, normal(1)):
-        with pytest.raises((TypeError, ValueError)):
-            ras.plan(wrong, 28)
-
-
-@pytest.mark.parametrize(
-    "error, call, named",
-    [
-        (ValueError, dict(num_inference_steps=0), "num_inference_steps.*0"),
-        (TypeError, dict(num_inference_steps=True), "num_inference_steps.*True"),
-        (TypeError, dict(num_inference_steps=8.0), "num_inference_steps.*8.0"),
-        (ValueError, dict(text_tokens=-1), "text_tokens.*-1"),
-        (ValueError, dict(height=-5), "height.*-5"),
-        (TypeError, dict(width="64"), "width.*64"),
-    ],
-)
-def test_what_a_plan_cannot_be_of(error, call, named):
-    with pytest.raises(error, match=named):
-        ras.plan(build(), **{"num_inference_steps": 8, **call})
-
-
-def test_settings_have_a_size_of_their_own():
-    with pytest.raises(ValueError, match="1024 x 1024"):
-        ras.plan(ras.RASConfig(), 8, height=512)
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,11 @@ def test_the_default_stays_where_nothing_is_surely_nearer(pipe, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("seeded", [True, False])
-def test_plans_are_tried_on_the_noise_of_the_call(pipe, monkeypatch, seeded):
-    """The errors are those of runs by hand; afterwards noise goes on as if there had been one."""
+def test_plans_are_tried_on_the_noise_of_the_call(pipe, monkeypatch, seeded, capsys):
+    """The errors are those of runs by hand; afterwards noise goes on as if there had been one.
+
+    A bar counts the calls.
+    """
     found, errors = {}, Trials.errors
 
     def noted(trials, config, tick):
@@ -127,6 +130,9 @@ def test_plans_are_tried_on_the_noise_of_the_call(pipe, monkeypatch, seeded):
     assert all(map(torch.equal, drawn, expected))
     ras.disable(pipe)
     assert len(found) > 1
+    calls = 1 + len(found)
+    bar = capsys.readouterr().err.rpartition("\r")[2]
+    assert bar.startswith("learning: 100%") and f"| {calls}/{calls} [" in bar
     if not seeded:
         return
     dense = finals(pipe, ras.RASConfig(speedup=1))
