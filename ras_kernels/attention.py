@@ -142,13 +142,12 @@ def _attend(
             counts = seen[:, None] & inside if MASKED or TAIL else inside
             v2 = tl.load(value2, mask=counts, other=0.0)
             scores = tl.dot(query2, tl.trans(k2), acc=scores, input_precision="ieee")
-        scores *= scale
         if MASKED or TAIL:
             scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
         # Where all keys so far are masked, -inf - -inf would be NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(weights, 1)
         top = new_top
@@ -185,6 +184,7 @@ def _attention_kernel(
     num_queries,
     num_keys,
     scale,
+    SIGN: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -208,12 +208,16 @@ def _attention_kernel(
         query + (b * query_b + h * query_h) * VECTOR + (m.to(tl.int64) * query_m * VECTOR)[:, None]
     )
     query1 = tl.load(row + d1[None, :], mask=here & (d1 < SIZE)[None, :], other=0.0)
+    if SIGN != 1:  # which would cost Hopper's products registers
+        query1 *= SIGN
     query2 = query1
     out1 = tl.zeros([BLOCK_M, SIZE1], tl.float32)
     out2 = out1
     if SIZE2 > 0:
         d2 = SIZE1 + tl.arange(0, SIZE2)
         query2 = tl.load(row + d2[None, :], mask=here & (d2 < SIZE)[None, :], other=0.0)
+        if SIGN != 1:
+            query2 *= SIGN
         out2 = tl.zeros([BLOCK_M, SIZE2], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -234,7 +238,7 @@ def _attention_kernel(
         top, total, out1, out2, query1, query2, keys, values, mask, key_n, value_n, mask_n,
         whole, num_keys, num_keys, scale, SIZE, SIZE1, SIZE2, MASKED, True, BLOCK_N,
     )  # fmt: skip
-    share = tl.where(total > 0, 1 / total, 0.0)[:, None]
+    share = tl.where(top > float("-inf"), 1 / total, 0.0)[:, None]
     row = output + ((b * num_queries + m) * HEADS + h)[:, None] * SIZE
     tl.store(row + d1[None, :], out1 * share, mask=here & (d1 < SIZE)[None, :])
     if SIZE2 > 0:
@@ -294,6 +298,7 @@ def _plan(
     size1, size2 = chunks(size)
     strides = [stride for t in read for stride in t.stride()[:3]]
     bytes_ = query.element_size()
+    sign, factor = _in_log2(size**-0.5 if scale is None else scale)
     starts = [t.data_ptr() // bytes_ for t in read]
     vector = math.gcd(16 // bytes_, *strides, *starts)
     mask, lengths = (query if t is None else t for t in (key_mask, key_lengths))
@@ -306,7 +311,8 @@ def _plan(
         0 if key_lengths is None else key_lengths.stride(0),
         num_queries,
         key.shape[1],
-        (size**-0.5 if scale is None else scale) * LOG2_E,
+        factor,
+        SIGN=sign,
         HEADS=heads,
         GROUPS=heads // key.shape[2],
         SIZE=size,
@@ -337,6 +343,18 @@ def _plan(
         return output
 
     return run
+
+
+def _in_log2(scale: float) -> tuple[int, float]:
+    """A scale for powers of 2, as a sign for the queries and a positive factor for the scores.
+
+    So the largest scaled score is the largest score, scaled, and one instruction can scale the
+    others and subtract it. The scale of 0 is in the sign, since a masked score is minus infinity.
+    """
+    factor = abs(scale) * LOG2_E
+    if factor < torch.finfo(torch.float32).tiny:
+        return 0, 1.0
+    return 1 if scale > 0 else -1, factor
 
 
 def _side_by_side(*tensors: Tensor) -> list[Tensor]:

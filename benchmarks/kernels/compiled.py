@@ -70,6 +70,7 @@ SPILLS = (
     Spill("_attention_kernel", "sm_80", (24,), 16, TWO_BLOCKS, "mask"),
     Spill("_attention_kernel", "sm_80", (88, 96), 8, BEFORE),
     Spill("_attention_kernel", "sm_90", (64,), 24, BEFORE, "odd strides"),
+    Spill("_attention_kernel", "sm_90", (64,), 24, BEFORE, "negative scale"),
     Spill("_attention_kernel", "sm_100", (40, 72, 80, 88, 96), 16, TWO_BLOCKS),
     Spill("_attention_kernel", "sm_100", (256,), 16, TWO_BLOCKS, "mask"),
     Spill("_attention_kernel", "gfx942", (88, 96), 16, BEFORE, "mask"),

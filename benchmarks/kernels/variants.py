@@ -244,9 +244,11 @@ def attention_calls() -> Iterator[Call]:
     """All head sizes; keys that all may see, that a mask or lengths hide, that heads share."""
     heads = 8
     for dtype, size, form in itertools.product(
-        FLOATS, HEAD_SIZES, ("", "mask", "lengths", "shared keys", "odd strides")
+        FLOATS,
+        HEAD_SIZES,
+        ("", "mask", "lengths", "shared keys", "odd strides", "negative scale"),
     ):
-        if form == "odd strides" and size not in (64, 72):
+        if form in ("odd strides", "negative scale") and size not in (64, 72):
             continue
         groups = 2 if form == "shared keys" else heads
         room = size + 1 if form == "odd strides" else size
@@ -255,7 +257,8 @@ def attention_calls() -> Iterator[Call]:
         mask = empty(BATCH, TOKENS + TEXT, dtype=torch.bool) if form == "mask" else None
         lengths = empty(BATCH, dtype=torch.int64) if form == "lengths" else None
         text = f"D {size}" + (f", {form}" if form else "")
-        run = partial(attention._plan, query, key, key, mask, lengths, 0.125)
+        scale = -0.125 if form == "negative scale" else 0.125
+        run = partial(attention._plan, query, key, key, mask, lengths, scale)
         yield Call("sparse_attention", dtype, text, run)
 
 
