@@ -137,11 +137,7 @@ class KVCache:
             text.put((key[:, start:], value[:, start:]), None, None)
         if walk.kv_gain is None or self._changes is None:
             return key, value
-        carried = zip((key, value), self._changes)
-        key, value = (
-            ras_kernels.carry_tokens(cache, change, walk.kv_gain) for cache, change in carried
-        )
-        return key, value
+        return ras_kernels.carry_keys_and_values(key, value, *self._changes, walk.kv_gain)
 
     def forget_changes(self) -> None:
         """Hold keys and values as they are from now on."""

@@ -13,7 +13,7 @@ environment has it checked there, too).
 
 from ._triton import backend, supports
 from .attention import sparse_attention
-from .changes import carry_tokens, update_tokens_
+from .changes import carry_keys_and_values, carry_tokens, update_tokens_
 from .drift import drift_scores, update_drift_
 from .linear import linear_scatter_
 from .norm import NORMS, norm_rotary, norm_rotary_scatter_
@@ -25,6 +25,7 @@ __all__ = [
     "METRICS",
     "NORMS",
     "backend",
+    "carry_keys_and_values",
     "carry_tokens",
     "drift_scores",
     "gather_tokens",

@@ -49,6 +49,12 @@ def carry_tokens(tokens: Tensor, changes: Tensor, gain: Tensor) -> Tensor:
     return output.contiguous()
 
 
+def carry_keys_and_values(
+    key: Tensor, value: Tensor, key_changes: Tensor, value_changes: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    return carry_tokens(key, key_changes, gain), carry_tokens(value, value_changes, gain)
+
+
 def sparse_attention(
     query: Tensor,
     key: Tensor,

@@ -195,6 +195,9 @@ def carry_calls() -> Iterator[Call]:
         gain = empty(BATCH, TOKENS, dtype=torch.float32)
         run = partial(changes._plan_carry, tokens, tokens[:, :TOKENS], gain)
         yield Call("carry_tokens", dtype, f"C {columns}", run)
+        both = tokens, tokens, *(tokens[:, :TOKENS] for _ in range(2)), gain
+        run = partial(changes._plan_carry_both, *both)
+        yield Call("carry_keys_and_values", dtype, f"C {columns}", run)
 
 
 def linear_calls() -> Iterator[Call]:

@@ -12,6 +12,7 @@ from support.operands import (
     batches,
     check,
     counts,
+    few,
     indices,
     laid,
     layouts,
@@ -58,3 +59,24 @@ def test_carry_tokens(dtype, data, batch, carried, rest, row):
     assert torch.equal(found[still], tokens[still])
     exact = reference.carry_tokens(*map(wide, (tokens, changes, gain)))
     check(found, exact, reference.carry_tokens(tokens, changes, gain))
+
+
+@pytest.mark.parametrize("dtype", COMPUTED, ids=str)
+@few
+@given(st.data(), batches, counts | st.just(0), st.integers(0, 3), trailing)
+def test_carry_keys_and_values(dtype, data, batch, carried, rest, row):
+    """Each with strides of its own."""
+    key, value = (
+        laid(normal(batch, carried + rest, *row, dtype=dtype, seed=seed), data.draw(read))
+        for seed in (0, 1)
+    )
+    changes = [
+        laid(normal(batch, carried, *row, dtype=dtype, seed=seed), data.draw(read))
+        for seed in (2, 3)
+    ]
+    gain = laid(F.relu(normal(batch, carried, seed=4)), data.draw(read))
+    found = ras_kernels.carry_keys_and_values(key, value, *changes, gain)
+    for carried_on, cache, change in zip(found, (key, value), changes):
+        assert carried_on.is_contiguous()
+        exact = reference.carry_tokens(*map(wide, (cache, change, gain)))
+        check(carried_on, exact, reference.carry_tokens(cache, change, gain))

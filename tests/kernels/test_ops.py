@@ -232,6 +232,11 @@ def right():
             "rows": x(2, 2, 3, seed=1),
         },
         "carry_tokens": {"tokens": x(2, 6, 3), "changes": x(2, 5, 3), "gain": x(2, 5)},
+        "carry_keys_and_values": {
+            **{name: x(2, 6, 3) for name in ("key", "value")},
+            **{name: x(2, 5, 3) for name in ("key_changes", "value_changes")},
+            "gain": x(2, 5),
+        },
         "sparse_attention": {"query": x(2, 2, 4, 8), "key": x(2, 5, 2, 8), "value": x(2, 5, 2, 8)},
         "region_scores": {"noise": x(2, 3, 8), "pixels": 4},
         "update_drift_": {
@@ -326,6 +331,18 @@ def expanded(name, argument):
         ("carry_tokens", {"changes": x(2)}, r"changes .*\(2,\)"),
         ("carry_tokens", {"tokens": x(2), "changes": x(2)}, r"tokens .*\(2,\)"),
         ("carry_tokens", {"gain": x(2, 6)}, r"gain .*\(2, 6\)"),
+        (
+            "carry_keys_and_values",
+            {"value": x(2, 5, 3)},
+            r"key and value .*\(2, 6, 3\).*\(2, 5, 3\)",
+        ),
+        ("carry_keys_and_values", {"value_changes": x(2, 4, 3)}, r"value_changes .*\(2, 4, 3\)"),
+        (
+            "carry_keys_and_values",
+            {name: x(2, 7, 3) for name in ("key_changes", "value_changes")},
+            r"key must .*\(2, 7, 3\)",
+        ),
+        ("carry_keys_and_values", {"gain": x(2, 6)}, r"gain .*\(2, 6\)"),
         ("sparse_attention", {"query": x(2, 4, 8)}, r"query .*\(2, 4, 8\)"),
         ("sparse_attention", {"value": x(2, 4, 2, 8)}, r"value .*\(2, 4, 2, 8\)"),
         ("sparse_attention", {"query": x(2, 2, 3, 8)}, r"query .*\(2, 2, 3, 8\)"),

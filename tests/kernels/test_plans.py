@@ -159,6 +159,9 @@ def of_rows(op, count):
             flat, flat.clone(), index, half(2, count, 24)
         ),
         "carry_tokens": lambda: ras_kernels.carry_tokens(cache, half(*heads), normal(2, count)),
+        "carry_keys_and_values": lambda: ras_kernels.carry_keys_and_values(
+            cache, cache, half(*heads), half(*heads), normal(2, count)
+        ),
         "sparse_attention": lambda: ras_kernels.sparse_attention(half(*heads), cache, cache),
         "norm_rotary": lambda: ras_kernels.norm_rotary(half(*heads), norm="rms_norm"),
         "norm_rotary_scatter_": lambda: ras_kernels.norm_rotary_scatter_(
@@ -174,6 +177,7 @@ def of_rows(op, count):
         "scatter_tokens_",
         "update_tokens_",
         "carry_tokens",
+        "carry_keys_and_values",
         "sparse_attention",
         "norm_rotary",
         "norm_rotary_scatter_",

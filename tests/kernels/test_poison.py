@@ -127,6 +127,12 @@ def cases(dtype=torch.float32):
             dict(tokens=some(*heads), changes=some(2, 4, 2, 4, seed=1), gain=gain),
             dict(changes=gain == 0),
         ),
+        "carry_keys_and_values": Case(
+            ras_kernels.carry_keys_and_values,
+            dict(key=some(*heads), value=some(*heads, seed=2), gain=gain)
+            | {name: some(2, 4, 2, 4, seed=1) for name in ("key_changes", "value_changes")},
+            dict(key_changes=gain == 0, value_changes=gain == 0),
+        ),
         "update_drift_": Case(
             rows(drift, "last", "pace", "since"),
             noted,

@@ -63,6 +63,11 @@ def cases(**zero):
             ),
             (batch, size["S"], size["C"]),
         ),
+        "carry_keys_and_values": (
+            dict(key=some("BSC"), value=some("BSC", 1), gain=some("BN")[:, : size["S"]])
+            | {name: some("BNC", 2)[:, : size["S"]] for name in ("key_changes", "value_changes")},
+            (batch, size["S"], size["C"]),
+        ),
         "sparse_attention": (attention, rows),
         "sparse_attention, lengths": (attention | dict(key_lengths=lengths), rows),
         "region_scores": (dict(noise=noise, pixels=4), regions),

@@ -187,6 +187,16 @@ def calls():
             ras_kernels.carry_tokens,
             dict(tokens=half(*tokens), changes=rows, gain=normal(3, 3)),
         ),
+        "carry_keys_and_values": (
+            ras_kernels.carry_keys_and_values,
+            dict(
+                key=half(*tokens),
+                value=half(*tokens, seed=2),
+                key_changes=rows,
+                value_changes=half(*tokens, seed=3),
+                gain=normal(3, 3),
+            ),
+        ),
         "sparse_attention": (
             ras_kernels.sparse_attention,
             dict(query=half(*heads), key=half(*heads, seed=1), value=half(*heads, seed=2)),

@@ -80,22 +80,27 @@ def update_tokens_(s: Shape, device: str) -> Job:
     )
 
 
-def carry_tokens(s: Shape, device: str) -> Job:
+def carry_keys_and_values(s: Shape, device: str) -> Job:
     """A cache's image rows, carried on by their last changes, with its text rows as they are."""
-    tokens = normal(device, s.batch, s.rows, s.groups, s.size)
-    changes = normal(device, s.batch, s.tokens, s.groups, s.size)
+    caches = [normal(device, s.batch, s.rows, s.groups, s.size) for _ in range(2)]
+    changes = [normal(device, s.batch, s.tokens, s.groups, s.size) for _ in range(2)]
     gain = normal(device, s.batch, s.tokens, dtype=torch.float32)
 
-    def addcmul() -> Tensor:
+    def addcmul() -> Sequence[Tensor]:
         share = gain[:, :, None, None].to(DTYPE)
-        carried = torch.addcmul(tokens[:, : s.tokens], changes, share)
-        return torch.cat([carried, tokens[:, s.tokens :]], 1)
+        return [
+            torch.cat([torch.addcmul(kept[:, : s.tokens], change, share), kept[:, s.tokens :]], 1)
+            for kept, change in zip(caches, changes)
+        ]
+
+    def each() -> Sequence[Tensor]:
+        return [ras_kernels.carry_tokens(*pair, gain) for pair in zip(caches, changes)]
 
     return Job(
-        [tokens, tokens, changes, gain],
-        Way(lambda: ras_kernels.carry_tokens(tokens, changes, gain)),
-        {"addcmul, cat": Way(addcmul)},
+        [*caches, *caches, *changes, gain],
+        Way(lambda: ras_kernels.carry_keys_and_values(*caches, *changes, gain)),
+        {"carry_tokens twice": Way(each), "addcmul, cat": Way(addcmul)},
     )
 
 
-JOBS = gather_tokens, scatter_tokens_, update_tokens_, carry_tokens
+JOBS = gather_tokens, scatter_tokens_, update_tokens_, carry_keys_and_values
