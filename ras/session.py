@@ -23,6 +23,7 @@ from .fingerprint import of_model, of_run
 from .follow import begin, can_follow, follow, may_follow, preserve
 from .layout import Layout
 from .log import logger
+from .loops import LoopWatch
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
 from .others import cache_on
@@ -68,6 +69,7 @@ class Session:
         self.mounts = mounts
         self.run: Run | None = None
         self._mask_watch: MaskWatch | None = None
+        self._loop_watch: LoopWatch | None = None
         self._scheduler = weakref.ref(scheduler if pipe is None else pipe.scheduler)
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._watch: StepWatch | None = None
@@ -85,6 +87,8 @@ class Session:
             mount.add(self)
         if hasattr(self.pipeline, "prepare_mask_latents"):
             self._mask_watch = MaskWatch(self.pipeline)
+        if hasattr(self.pipeline, "progress_bar"):
+            self._loop_watch = LoopWatch(self.pipeline, self.end_of_call)
         self._follow_scheduler()
 
     def detach(self) -> None:
@@ -93,7 +97,7 @@ class Session:
             mount.remove(self)
         self._branches.clear()
         self.run = None
-        for watch in (self._watch, self._mask_watch):
+        for watch in (self._watch, self._mask_watch, self._loop_watch):
             if watch is not None:
                 watch.remove()
 
@@ -588,7 +592,7 @@ class Session:
         run.tally.cache_bytes = max(run.tally.cache_bytes, sum(tensor.nbytes for tensor in held))
 
     def end_of_call(self) -> None:
-        """Let go of what a run has kept; pipelines call it when they return."""
+        """Let go of what a run has kept; called when a pipeline returns, or breaks off."""
         self._forget()
         run = self.run
         if run is not None:
