@@ -5,7 +5,16 @@ from pathlib import Path
 from ras_kernels import __version__
 
 from . import pictures
-from .api import compile_repeated_blocks, disable, enable, enabled, is_enabled, plan, stats
+from .api import (
+    compile_repeated_blocks,
+    disable,
+    enable,
+    enabled,
+    is_enabled,
+    plan,
+    settings,
+    stats,
+)
 from .check import check
 from .config import RASConfig
 from .edits import put_back
@@ -44,6 +53,7 @@ __all__ = [
     "pictures",
     "plan",
     "put_back",
+    "settings",
     "stats",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,11 +21,12 @@ from .family import Family
 from .fingerprint import differences, of_model
 from .layout import Layout
 from .masks import as_mask
-from .mount import cache_numbers
+from .mount import Mount, cache_numbers
 from .others import cache_on
 from .plan import Reuse, RunPlan
 from .policy.planner import plan_run
-from .session import Session, asks_for_partial_steps
+from .scope import Settings, asks_for_partial_steps, using
+from .session import Session
 from .sessions import mount_of, replaced_by, session_of, sessions_of
 from .stats import Stats
 
@@ -67,7 +68,7 @@ def enable(
             another model or scheduler, another cache on the transformer, or a setting that asks
             for partial steps where there can be none. Nothing has been changed then.
     """
-    config = _configured(config, overrides)
+    asked = _asked(None, config, {"mask": mask, **overrides})
     pipe = model if isinstance(model, PIPELINES) else None
     if pipe is None and not callable(getattr(scheduler, "step", None)):
         name = type(denoisers(model)[0]).__name__
@@ -80,11 +81,10 @@ def enable(
             f"a {type(pipe).__name__} has its own scheduler; set pipe.scheduler, and leave "
             "scheduler= to bare transformers"
         )
-    mask = mask if mask is None or mask is False else as_mask(mask)
-    _check_plan(config, model, getattr(pipe, "scheduler", scheduler))
+    _check_plan(asked.config, model, getattr(pipe, "scheduler", scheduler))
     replaced = replaced_by(model, getattr(pipe, "scheduler", scheduler))
     mounts = [mount_of(*each, replaced) for each in families_of(model, family)]
-    session = Session(mounts, config, scheduler=scheduler, pipe=pipe, mask=mask)
+    session = Session(mounts, asked, scheduler=scheduler, pipe=pipe)
     for mount in mounts:
         cache = cache_on(mount.transformer)
         if cache is not None:
@@ -92,25 +92,7 @@ def enable(
                 f"{cache} decides by itself what the transformer computes; take it off before "
                 "ras.enable (caches of diffusers by transformer.disable_cache())"
             )
-    wanted = asks_for_partial_steps(config, mask)
-    for mount in mounts if wanted else ():
-        obstacle, change = mount.obstacle(), mount.change_of_rows()
-        if not mount.family.regions:
-            name = type(mount.transformer if pipe is None else pipe).__name__
-            raise ValueError(
-                f"{wanted} asks for partial steps, which are not known for {name} (`ras models` "
-                "lists what is); speedup= plans whole steps for it"
-            )
-        if obstacle is not None:
-            raise ValueError(
-                f"{wanted} asks for partial steps, for which the attention processor {obstacle} "
-                "is not supported; take it out before ras.enable, or ask for speedup= alone"
-            )
-        if change is not None:
-            raise ValueError(
-                f"{wanted} asks for partial steps, and {change} may want the rows of all tokens; "
-                "take it off before ras.enable, or ask for speedup= alone"
-            )
+    _check_partial_steps(asked, model, mounts)
     for each in replaced:
         each.detach()
     session.attach()
@@ -143,6 +125,34 @@ def enabled(
         yield model
     finally:
         disable(model)
+
+
+@contextmanager
+def settings(model: Model, config: RASConfig | None = None, **overrides: Any) -> Iterator[Model]:
+    """Other settings for a `with` block, of runs that this thread begins in it.
+
+    Nothing is enabled anew: the model stays as it is, and so does what its caches can go on with.
+    Runs of other threads, and runs under way, keep the settings that they have. Blocks may lie
+    within each other; `enable` in one begins anew, without it.
+
+    Args:
+        model: A pipeline, or a bare transformer, that is enabled.
+        config: The settings; None takes those that hold already.
+        **overrides: Fields of `RASConfig`, instead of those of `config`, and `mask`, as `enable`
+            takes it. A mask that holds already stays unless another, False or None is given.
+
+    Raises:
+        TypeError, ValueError: The model is not enabled, or what `enable` would raise of these
+            settings. Nothing has been changed then.
+    """
+    session = session_of(model)
+    if session is None:
+        raise ValueError(f"this {type(model).__name__} is not enabled; call ras.enable on it first")
+    asked = _asked(session.settings, config, overrides)
+    _check_plan(asked.config, model, session.scheduler)
+    _check_partial_steps(asked, model, session.mounts)
+    with using(session, asked):
+        yield model
 
 
 def is_enabled(model: object) -> bool:
@@ -301,6 +311,41 @@ def _check_plan(config: RASConfig, model: object, scheduler: Any) -> None:
             f"the plan was made for another model ({'; '.join(told)}); calibrate one for this, or "
             "take made_for out of it"
         )
+
+
+def _check_partial_steps(settings: Settings, model: object, mounts: Sequence[Mount]) -> None:
+    """Raise ValueError if the settings ask for partial steps where there can be none."""
+    wanted = asks_for_partial_steps(settings)
+    for mount in mounts if wanted else ():
+        obstacle, change = mount.obstacle(), mount.change_of_rows()
+        if not mount.family.regions:
+            name = type(model if isinstance(model, PIPELINES) else mount.transformer).__name__
+            raise ValueError(
+                f"{wanted} asks for partial steps, which are not known for {name} (`ras models` "
+                "lists what is); speedup= plans whole steps for it"
+            )
+        if obstacle is not None:
+            raise ValueError(
+                f"{wanted} asks for partial steps, for which the attention processor {obstacle} "
+                "is not supported; take it out before ras.enable, or ask for speedup= alone"
+            )
+        if change is not None:
+            raise ValueError(
+                f"{wanted} asks for partial steps, and {change} may want the rows of all tokens; "
+                "take it off before ras.enable, or ask for speedup= alone"
+            )
+
+
+def _asked(
+    before: Settings | None, config: RASConfig | None, overrides: dict[str, Any]
+) -> Settings:
+    """The settings that are asked for in the place of others, the mask among the overrides."""
+    if before is not None and config is None:
+        config = before.config
+    mask = overrides.pop("mask", None if before is None else before.mask)
+    if mask is not None and mask is not False:
+        mask = as_mask(mask)
+    return Settings(_configured(config, overrides), mask)
 
 
 def _configured(config: RASConfig | None, overrides: dict[str, Any]) -> RASConfig:

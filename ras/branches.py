@@ -19,8 +19,17 @@ class Branches(dict[Any, Branch]):
     """The branches of a session by name, and what their keys and values may take up."""
 
     def __init__(self, config: RASConfig) -> None:
-        """Of `config` there count `max_cache_bytes`, `keep_caches` and `kv_correction`."""
         super().__init__()
+        self._config = config
+        self._carries = config.kv_correction
+
+    def use(self, config: RASConfig) -> None:
+        """Keep what a run is going to reuse by these settings, and nothing by others.
+
+        There count `max_cache_bytes`, `keep_caches` and `kv_correction`.
+        """
+        if self and _of_caches(config) != _of_caches(self._config):
+            self.clear()
         self._config = config
         self._carries = config.kv_correction  # as far as is known, there is room for changes
 
@@ -58,6 +67,8 @@ class Branches(dict[Any, Branch]):
         """Make room for a branch; False if its keys and values are more than there may be."""
         carries = reuse is not Reuse.HELD and self._carries
         if caches and not branch.caches and self._config.max_cache_bytes is not None:
+            for name in [name for name, each in self.items() if each.step < 0]:
+                del self[name]  # kept from another run
             numbers = cache_numbers(mount.transformer, mount.family, layout)
             kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
             if carries and kept + changes > self._bytes_left():
@@ -106,3 +117,7 @@ class Branches(dict[Any, Branch]):
             branch.rows = None
             if branch.step != step:
                 branch.forget()
+
+
+def _of_caches(config: RASConfig) -> tuple[Any, ...]:
+    return config.max_cache_bytes, config.keep_caches, config.kv_correction

@@ -25,6 +25,12 @@ def calling_pipeline(enabled: Iterable[Any] = ()) -> Any | None:
     Args:
         enabled: Pipelines that are found whatever the name of their `__call__`.
     """
+    found = call_under_way(enabled)
+    return None if found is None else found[0]
+
+
+def call_under_way(enabled: Iterable[Any] = ()) -> tuple[Any, CodeType] | None:
+    """That pipeline, and the code of its call."""
     kinds: Iterable[Any] = map(type, enabled)
     codes = {_code_of(kind) for kind in kinds}
     frame: FrameType | None = sys._getframe(1)
@@ -33,9 +39,22 @@ def calling_pipeline(enabled: Iterable[Any] = ()) -> Any | None:
         if (code.co_name == "__call__" or code in codes) and code.co_argcount:
             caller = _first_argument(frame)
             if isinstance(caller, PIPELINES) and getattr(caller, "scheduler", None) is not None:
-                return caller
+                return caller, code
         frame = frame.f_back
     return None
+
+
+def is_in_other_threads(pipe: Any, code: CodeType) -> bool:
+    """Whether a call of a pipeline, by this code, is under way in another thread."""
+    frames = sys._current_frames()
+    del frames[threading.get_ident()]
+    for thread in frames:
+        frame: FrameType | None = frames[thread]
+        while frame is not None:
+            if frame.f_code is code and _first_argument(frame) is pipe:
+                return True
+            frame = frame.f_back
+    return False
 
 
 def _first_argument(frame: FrameType) -> Any:

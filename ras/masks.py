@@ -94,7 +94,7 @@ class MaskWatch:
         picture: What the pipeline has made of the picture beside the mask, as its model may get it.
     """
 
-    def __init__(self, pipe: Any, *, keeps_picture: bool) -> None:
+    def __init__(self, pipe: Any) -> None:
         self.mask: Tensor | None = None
         self.picture: Tensor | None = None
         self._pipe = weakref.ref(pipe)
@@ -109,7 +109,7 @@ class MaskWatch:
                 given = signature.bind(self, *args, **kwargs).arguments
                 seen.mask = _as_mask_if_one(given.get("mask", given.get("mask_image")))
             prepared = prepare(self, *args, **kwargs)
-            if seen is not None and self is seen._pipe() and keeps_picture:
+            if seen is not None and self is seen._pipe():
                 pair = isinstance(prepared, tuple) and len(prepared) == 2
                 seen.picture = prepared[1] if pair else None
             return prepared

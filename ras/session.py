@@ -7,10 +7,9 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from .fingerprint import of_model, of_run
 from .follow import begin, can_follow, follow, may_follow, preserve
 from .layout import Layout
 from .log import logger
+from .loops import LoopWatch
 from .masks import MaskWatch, masked_regions
 from .mount import Mount
 from .others import cache_on
@@ -33,8 +33,10 @@ from .policy.planner import FEW, plan_run, without_partial_steps
 from .policy.selection import Selection
 from .references import references_under
 from .run import Run
+from .scope import Settings, asks_for_partial_steps, in_block
 from .slots import StepWatch
 from .stats import Stats, Tally
+from .tokens import compute_dtype
 
 MOST_CALLS = 4, 16
 """Calls in a step, of one form and in all: no pipeline's guidance makes more, so that further ones
@@ -50,32 +52,28 @@ class Session:
 
     Args:
         mounts: Of the denoisers, which other pipelines may share.
-        config: The settings.
+        settings: Of runs outside of blocks that have their own (`ras.settings`).
         scheduler: Whose `step` gets the guided noise, unless there is a pipeline, which has one.
         pipe: The pipeline, or None.
-        mask: `(S, 1, height, width)`, None for an inpainting pipeline's own, or False.
     """
 
     def __init__(
         self,
         mounts: Sequence[Mount],
-        config: RASConfig,
+        settings: Settings,
         *,
         scheduler: Any,
         pipe: Any,
-        mask: Tensor | Literal[False] | None,
     ) -> None:
-        self.config = config
+        self._settings = settings
         self.mounts = mounts
         self.run: Run | None = None
-        self.mask = None if mask is False else mask
-        self._watches_mask = mask is None and hasattr(pipe, "prepare_mask_latents")
-        self._looks_at_edits = mask is None
         self._mask_watch: MaskWatch | None = None
+        self._loop_watch: LoopWatch | None = None
         self._scheduler = weakref.ref(scheduler if pipe is None else pipe.scheduler)
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._watch: StepWatch | None = None
-        self._branches = Branches(config)
+        self._branches = Branches(settings.config)
         self._runs = 0
         self._warnings: dict[str, str] = {}
         self._form: Any = None  # of the last call
@@ -87,8 +85,10 @@ class Session:
     def attach(self) -> None:
         for mount in self.mounts:
             mount.add(self)
-        if self._watches_mask and self._pipe is not None:
-            self._mask_watch = MaskWatch(self._pipe(), keeps_picture=self.config.preserve)
+        if hasattr(self.pipeline, "prepare_mask_latents"):
+            self._mask_watch = MaskWatch(self.pipeline)
+        if hasattr(self.pipeline, "progress_bar"):
+            self._loop_watch = LoopWatch(self.pipeline, self.end_of_call)
         self._follow_scheduler()
 
     def detach(self) -> None:
@@ -97,31 +97,31 @@ class Session:
             mount.remove(self)
         self._branches.clear()
         self.run = None
-        if self._watch is not None:
-            self._watch.remove()
-        if self._mask_watch is not None:
-            self._mask_watch.remove()
+        for watch in (self._watch, self._mask_watch, self._loop_watch):
+            if watch is not None:
+                watch.remove()
 
     def replan(self, config: RASConfig) -> None:
-        """Plan runs by other settings from now on; all others than those of plans must be alike."""
-        self.config = config
+        """Plan runs by other settings from now on, and tell of none that has been."""
+        self._settings = self._settings._replace(config=config)
         self._forget()
         self.run = None
 
     @property
+    def settings(self) -> Settings:
+        """Those of a run that this thread begins."""
+        return in_block(self) or self._settings
+
+    @property
+    def config(self) -> RASConfig:
+        """Of the settings."""
+        return self.settings.config
+
+    @property
     def may_be_masked(self) -> bool:
         """Whether a mask is given, or a pipeline's own is watched for."""
-        return self.mask is not None or self._watches_mask
-
-    @contextmanager
-    def using(self, config: RASConfig) -> Iterator[None]:
-        """Plan runs by other settings for a block."""
-        before = self.config
-        self.replan(config)
-        try:
-            yield
-        finally:
-            self.replan(before)
+        mask = self.settings.mask
+        return mask is not False and (mask is not None or self._mask_watch is not None)
 
     def _follow_scheduler(self) -> Any:
         """Watch the scheduler in use, and return it."""
@@ -223,19 +223,8 @@ class Session:
         run = self._current_run(scheduler, layout, batch, inputs.get("timestep"))
         run.layouts[form] = layout
         leads = not run.calls
-        if leads and not run.stage and (run.follows_edit or self.config.preserve):
-            watch, margin = self._mask_watch, self.config.mask_margin
-            beside = None if watch is None else watch.picture
-            run.edit = begin(run, mount.family, layout, latents, margin, beside)
-            if watch is not None:
-                watch.picture = None  # which nobody needs any more
-            run.follows_edit = run.follows_edit and run.edit is not None
-            if run.edit is None and self.config.preserve:
-                self._warn(
-                    "preserve",
-                    "there is no picture of the image's shape among the model's inputs that could "
-                    "be preserved",
-                )
+        if leads and not run.stage:
+            self._begin_edit(run, mount, layout, latents)
         call = self._call(run, mount, form, layout, inputs)
         walk = None if call is None else call.walk
         skip = call is not None and call.skip
@@ -252,6 +241,23 @@ class Session:
                 _tell(run, layout, skip=skip, rows=rows, text_stays=stays)
         return call
 
+    def _begin_edit(self, run: Run, mount: Mount, layout: Layout, latents: Any) -> None:
+        """Have a run know the picture that it edits, if it is asked to."""
+        watch, config = self._mask_watch, run.planned.config
+        beside = None if watch is None else watch.picture
+        if watch is not None:
+            watch.picture = None  # which nobody needs any more
+        if not (run.follows_edit or config.preserve):
+            return
+        run.edit = begin(run, mount.family, layout, latents, config.mask_margin, beside)
+        run.follows_edit = run.follows_edit and run.edit is not None
+        if run.edit is None and config.preserve:
+            self._warn(
+                "preserve",
+                "there is no picture of the image's shape among the model's inputs that could be "
+                "preserved",
+            )
+
     def _layout(self, mount: Mount, form: Any, inputs: Mapping[str, Any], scheduler: Any) -> Layout:
         """The layout of a call's tokens, found once in a run; without a grid, one of whole steps.
 
@@ -265,7 +271,7 @@ class Session:
             return Layout()
         obstacle = family.obstacle(mount.transformer, inputs)
         layout = Layout() if obstacle else family.layout(mount.transformer, inputs)
-        if not layout.grid and asks_for_partial_steps(self.config, self.mask):
+        if not layout.grid and asks_for_partial_steps(self.settings):
             told = obstacle or "its tokens are not a grid"
             self._warn("layout", f"there are no partial steps in this run: {told}")
         return layout
@@ -283,18 +289,20 @@ class Session:
         ):
             return last
         self._forget()
+        config, given = self.settings
+        self._branches.use(config)
         clock, masked = read_clock(scheduler, timestep), self.masked(layout)
         if masked is not None and batch % len(masked):
             raise ValueError(
                 f"mask is of {len(masked)} samples and the run of {batch}, guidance's copies "
                 "included; give one mask, or one for each sample"
             )
-        planned = self._plan(clock, layout, masked)
+        planned = self._plan(config, clock, layout, masked)
         masked = None if masked is None else masked.to(scheduler.timesteps.device)
         self.run = run = Run(scheduler.timesteps, clock, planned, masked, Tally(layout, batch))
-        looks = self._looks_at_edits and masked is None
+        looks = given is None and masked is None
         run.follows_edit = looks and may_follow(planned, clock)
-        if looks and self.config.sample_ratio == EDITED and not can_follow(planned, clock):
+        if looks and config.sample_ratio == EDITED and not can_follow(planned, clock):
             self._warn(
                 "edit",
                 "there is no picture of the image's shape among the model's inputs, or nothing to "
@@ -323,24 +331,27 @@ class Session:
             changes = filter(None, (mount.change_of_rows() for mount in self.mounts))
             run.obstacle = next(changes, None)
 
-    def _plan(self, clock: Clock, layout: Layout, masked: Tensor | None) -> RunPlan:
+    def _plan(
+        self, config: RASConfig, clock: Clock, layout: Layout, masked: Tensor | None
+    ) -> RunPlan:
         count = None if masked is None else masked.shape[1]
-        return plan_run(self.config, clock, layout, count, self._here(layout))
+        return plan_run(config, clock, layout, count, self._here(config, layout))
 
-    def _here(self, layout: Layout) -> tuple[tuple[str, Any], ...]:
+    def _here(self, config: RASConfig, layout: Layout) -> tuple[tuple[str, Any], ...]:
         """What plans may have been made for."""
-        plan = self.config.plan
-        if not (plan and plan.made_for):
+        if not (config.plan and config.plan.made_for):
             return ()
         guidance = getattr(calling_pipeline(), "guidance_scale", None)
         return tuple({**of_model({}, self.scheduler), **of_run(layout.grid, guidance)}.items())
 
     def masked(self, layout: Layout) -> Tensor | None:
         """The regions under the mask, `(S, k)`, or None without one."""
-        mask = self.mask if self._mask_watch is None else self._mask_watch.mask
-        if mask is None or not layout.grid:
+        config, mask = self.settings
+        if mask is None and self._mask_watch is not None:
+            mask = self._mask_watch.mask
+        if mask is None or mask is False or not layout.grid:
             return None
-        return masked_regions(mask, layout.grid, self.config.mask_margin)
+        return masked_regions(mask, layout.grid, config.mask_margin)
 
     def _call(
         self, run: Run, mount: Mount, form: Any, layout: Layout, inputs: dict[str, Any]
@@ -349,7 +360,7 @@ class Session:
         regions = run.regions and bool(layout.grid) and self._regions(run, mount)
         rotary = mount.family.rotary(inputs) if regions else None
         latents = mount.family.latents_of(inputs)
-        dtype = _compute_dtype(latents)
+        dtype = compute_dtype(latents)
         ordinal = run.calls[form]
         run.calls[form] += 1
         if (run.planned.dense and not run.follows_edit) or not run.observed:
@@ -402,7 +413,7 @@ class Session:
             reference_gain=reference_gain,
             shared=run.active is None or len(run.active) == 1,
             whole=whole,
-            reuse_text=self.config.reuse_text,
+            reuse_text=run.planned.config.reuse_text,
         )
         return made(walk, partial(family.unpack, transformer=mount.transformer, grid=layout.grid))
 
@@ -447,12 +458,13 @@ class Session:
         """Plan a run anew that cannot keep its keys and values."""
         self._forget()
         self._branches.clear()
-        here = self._here(run.planned.layout)
+        config = run.planned.config
+        here = self._here(config, run.planned.layout)
         run.planned = without_partial_steps(run.planned, run.clock, here)
         run.regions, run.edit = False, None
         self._warn(
             "memory",
-            f"keys and values take more than max_cache_bytes={self.config.max_cache_bytes}, so "
+            f"keys and values take more than max_cache_bytes={config.max_cache_bytes}, so "
             "that steps are whole",
         )
 
@@ -481,6 +493,7 @@ class Session:
         if run is None or run.over or run.timesteps is not scheduler.timesteps:
             return
         step, sigma, first = run.step, run.sigma, run.stage % run.clock.order == 0
+        config = run.planned.config
         if not run.advance(scheduler):
             return
         if run.stage == 1:
@@ -497,12 +510,12 @@ class Session:
             run.carry.observe(noise, sigma, dense=dense)
         if packed is not None and first and leader is not None and not leader.skips:
             if run.selection is None:
-                run.selection = Selection(self.config, packed[1], run.masked)
+                run.selection = Selection(config, packed[1], run.masked)
             run.selection.observe(packed[0], None if leader.rows is None else run.active, sigma)
         if run.edit is not None and first:
             dense = leader is None or (not leader.skips and leader.rows is None)
-            here = self._here(run.planned.layout)
-            follow(run, run.edit, self.config, here, noise, sample if dense else None, sigma)
+            here = self._here(config, run.planned.layout)
+            follow(run, run.edit, config, here, noise, sample if dense else None, sigma)
         if run.step == step and not run.over:
             return  # a second-order step is not done before its second stage
         run.active = None
@@ -514,7 +527,7 @@ class Session:
             run.selection = run.carry = run.edit = None
             if edit is not None:
                 run.tally.edited = edit.regions
-                if self.config.preserve:
+                if config.preserve:
                     preserve(run, edit, output[0])
         elif (
             tokens is not None
@@ -548,7 +561,7 @@ class Session:
         """
         self._forget()
         run.clock = read_clock(scheduler, begin=run.first_index)
-        run.planned = self._plan(run.clock, run.planned.layout, run.masked)
+        run.planned = self._plan(run.planned.config, run.clock, run.planned.layout, run.masked)
         run.regions = run.regions or run.planned.partial
 
     def call_failed(self) -> None:
@@ -579,7 +592,7 @@ class Session:
         run.tally.cache_bytes = max(run.tally.cache_bytes, sum(tensor.nbytes for tensor in held))
 
     def end_of_call(self) -> None:
-        """Let go of what a run has kept; pipelines call it when they return."""
+        """Let go of what a run has kept; called when a pipeline returns, or breaks off."""
         self._forget()
         run = self.run
         if run is not None:
@@ -592,18 +605,9 @@ class Session:
         if self.run is None:
             return Stats(self.config, learnt=self.learnt, warnings=told)
         self._note_bytes()
-        found = self.run.tally.stats(self.config, self._runs, self.run.planned.plan, told)
+        planned = self.run.planned
+        found = self.run.tally.stats(planned.config, self._runs, planned.plan, told)
         return dataclasses.replace(found, learnt=self.learnt)
-
-
-def asks_for_partial_steps(config: RASConfig, mask: Any) -> str | None:
-    """The setting that asks for partial steps, if any does."""
-    if isinstance(mask, Tensor):
-        return "mask="
-    if config.sample_ratio not in (None, 1):
-        return "sample_ratio="
-    shares = () if config.plan is None else config.plan.shares
-    return "plan=" if any(SKIP < share < DENSE for share in shares) else None
 
 
 def _tell(run: Run, layout: Layout, *, skip: bool, rows: Tensor | None, text_stays: bool) -> None:
@@ -617,16 +621,6 @@ def _tell(run: Run, layout: Layout, *, skip: bool, rows: Tensor | None, text_sta
         told += ["no text"] * text_stays
     step = f"step {run.step} of {run.clock.steps} at {run.sigma:.3f}"
     logger.debug("%s: %s", step, ", ".join(told))
-
-
-def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:
-    """What a transformer's layers return for its latents."""
-    if latents is None or not isinstance(latents[0], Tensor):
-        return None
-    kind, dtype = latents[0].device.type, latents[0].dtype
-    if dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return dtype
-    return torch.get_autocast_dtype(kind)
 
 
 def _for_batch(active: Tensor | None, batch: int) -> Tensor | None:

@@ -34,3 +34,13 @@ def room(
     if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device):
         kept = normal_empty(shape, dtype, device)
     return kept.zero_()
+
+
+def compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:
+    """What a transformer's layers return for its latents."""
+    if latents is None or not isinstance(latents[0], Tensor):
+        return None
+    kind, dtype = latents[0].device.type, latents[0].dtype
+    if dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return dtype
+    return torch.get_autocast_dtype(kind)

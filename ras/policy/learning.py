@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..checks import check_kind, shown
 from ..clock import EXTRAPOLATION
+from ..config import RASConfig
 from ..denoisers import transformers_of
 from ..fingerprint import of_model, of_run
 from ..plan import Plan, speedup_of
+from ..scope import in_block
 from ..session import RASWarning, Session
 from ..sessions import session_of
 from .candidates import first_plans
@@ -77,7 +82,7 @@ def _taught(pipe: Any, session: Session, dense: _Call, bar: Any) -> Plan:
     The bar goes on by one for each call of the pipeline.
     """
     config = session.config
-    trials = Trials(pipe, [dense], session.using)
+    trials = Trials(pipe, [dense], partial(_planning, session))
     measured = trials.dense(replace(config, speedup=1.0), bar.update)
     clock, layout = clock_and_layout(measured)
     prior = covariance(clock, config.extrapolation or EXTRAPOLATION)
@@ -106,6 +111,17 @@ def _taught(pipe: Any, session: Session, dense: _Call, bar: Any) -> Plan:
     return plan
 
 
+@contextmanager
+def _planning(session: Session, config: RASConfig) -> Iterator[None]:
+    """Have a session plan by other settings for a block, and tell of no run afterwards."""
+    before = session.config
+    session.replan(config)
+    try:
+        yield
+    finally:
+        session.replan(before)
+
+
 def _learner(pipe: Any, file: Any) -> Session:
     """The session of a pipeline that can learn."""
     if not isinstance(pipe, DiffusionPipeline):
@@ -114,6 +130,8 @@ def _learner(pipe: Any, file: Any) -> Session:
     session = session_of(pipe)
     if session is None:
         raise ValueError(f"this {type(pipe).__name__} is not enabled; call ras.enable on it first")
+    if in_block(session) is not None:
+        raise ValueError("ras.learn plans all later runs; call it outside of ras.settings")
     if session.may_be_masked:
         raise ValueError(
             "there is nothing to learn where a mask says what steps compute; enable an inpainting "

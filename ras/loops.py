@@ -1,0 +1,103 @@
+"""The denoising loop of a pipeline's call: that it is the only one, and how it ends."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+from .callers import call_under_way, is_in_other_threads
+
+
+class LoopWatch:
+    """Calls `broken_off` when an exception of any kind ends the loop of a pipeline's call.
+
+    Pipelines open a progress bar around their loop; what opens it is a method on the instance here.
+    Whoever is gone in mid-run, a server's client, say, ends it by an exception.
+
+    Two threads that call one pipeline at once give each other's settings to it and to its
+    scheduler, so that both results are wrong. That is a RuntimeError in the one that comes to its
+    loop second, and in the other one at the end of its own.
+    """
+
+    def __init__(self, pipe: Any, broken_off: Callable[[], None]) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._broken_off = weakref.WeakMethod(broken_off)
+        self._before = before = vars(pipe).get("progress_bar")
+        self._loop: _Loop | None = None  # under way
+        self._disturbed = False  # whether another thread has come in between
+        watch = weakref.ref(self)
+
+        @functools.wraps(type(pipe).progress_bar)
+        def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
+            owner, code = call_under_way([self]) or (self, None)  # copies have this method, too
+            bar = before or functools.partial(type(owner).progress_bar, owner)
+            opened, seen = bar(*args, **kwargs), watch()
+            if seen is None or code is None or owner is not seen._pipe():
+                return opened
+            return _Loop(opened, seen, code)
+
+        self._method = types.MethodType(progress_bar, pipe)
+        pipe.progress_bar = self._method
+
+    def remove(self) -> None:
+        """Take the method off, unless somebody has put another in its place."""
+        pipe = self._pipe()
+        if pipe is None or vars(pipe).get("progress_bar") is not self._method:
+            return
+        del pipe.progress_bar
+        if self._before is not None:
+            pipe.progress_bar = self._before
+
+    def begin(self, loop: _Loop) -> None:
+        if is_in_other_threads(self._pipe(), loop.code):
+            self._disturbed = True
+            raise RuntimeError(self._told)
+        self._loop, self._disturbed = loop, False
+
+    def end(self, loop: _Loop, error: type[BaseException] | None) -> None:
+        if self._loop is not loop:  # another one has begun since
+            return
+        self._loop = None
+        disturbed = self._disturbed or is_in_other_threads(self._pipe(), loop.code)
+        broken_off = self._broken_off()
+        if broken_off is not None and (disturbed or error is not None):
+            broken_off()
+        if disturbed and (error is None or issubclass(error, Exception)):
+            raise RuntimeError(self._told)
+
+    @property
+    def _told(self) -> str:
+        return (
+            f"two threads call this {type(self._pipe()).__name__} at once, so that each changes "
+            "the scheduler and the guidance of the other; hold a lock around each call, or give "
+            "each thread a copy of the pipeline with a scheduler of its own, and ras.enable that"
+        )
+
+
+class _Loop:
+    """A progress bar, with word of when it is opened and closed."""
+
+    def __init__(self, bar: Any, watch: LoopWatch, code: CodeType) -> None:
+        self.code = code  # of the pipeline's call
+        self._bar, self._watch = bar, watch
+
+    def __enter__(self) -> Any:
+        self._watch.begin(self)
+        return self._bar.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        try:
+            return self._bar.__exit__(*error)
+        finally:
+            self._watch.end(self, error[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        with self as bar:
+            yield from bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
