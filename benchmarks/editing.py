@@ -12,7 +12,7 @@ is to the dense image, in all and inside of it. *Asked* is the share of edits th
 are asked to as they are asked to, as a classifier sees it (`benchmarks.quality.judge`), *all* of
 those whose objects are all as they are to be, with no others, *kept* the PSNR outside to the
 picture, and *missed* the number of edits whose region is nearer to the picture than to the dense
-image, which has changed it.
+image, which has changed it. A last table tells what the model itself does, by what is changed.
 
 Beside the rivals of `benchmarks.quality` there are, from the papers' descriptions in our own words,
 *references behind*: the image's tokens in every step, over keys and values of the references that
@@ -44,7 +44,7 @@ from ras.cli.runs import clock
 from ras.files import write_text
 
 from .commands import COUNT, as_command
-from .model import kontext
+from .model import edits, kontext
 from .model.edits import Edit
 from .model.scenes import COLOURS, PLACES, Scene
 from .model.sd3 import SIDE
@@ -152,6 +152,7 @@ def measure(pipe: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
                 {
                     "edit": number,
                     "kind": kind,
+                    "change": edit.kind,
                     "share": share,
                     "method": method.method,
                     "label": method.label,
@@ -233,6 +234,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         count = len({row["edit"] for row in mine})
         parts.append(f"{count} {kind} edits:\n\n{table(mine)}")
         parts.append(f"{kind}, PSNR in dB at equal wall time:\n\n{at_equal_time(mine)}")
+    parts.append(f"by what is changed, the model itself:\n\n{by_change(rows)}")
     return "\n\n".join(parts)
 
 
@@ -264,6 +266,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     titles = "method | setting | speed-up | compute | PSNR | inside | asked | all | kept | missed"
     return grid(titles, lines)
+
+
+def by_change(rows: list[dict[str, Any]]) -> str:
+    """What the dense results have got right, by what an edit is to change."""
+    found = []
+    for change in edits.KINDS:
+        mine = [r for r in rows if (r["method"], r["change"]) == ("dense", change)]
+        if mine:
+            shares = (f"{_mean(mine, name):.0%}" for name in ("asked", "all"))
+            found.append([change, str(len(mine)), *shares])
+    return grid("change | edits | asked | all", found)
 
 
 def at_equal_time(rows: list[dict[str, Any]]) -> str:

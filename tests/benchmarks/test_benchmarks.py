@@ -252,6 +252,9 @@ def test_editing(tmp_path, capsys, monkeypatch):
         ours = [row["compute"] for row in rows if (row["method"], row["label"]) == (method, "2x")]
         assert ours == pytest.approx([2] * 2, rel=near)
     assert "at equal wall time" in out and "references behind" in out
+    changes = [row["change"] for row in rows if row["method"] == "dense"]
+    told = out[out.index("change ") :]
+    assert all(f"\n{change}" in told.replace("| ", "") for change in changes)
 
 
 def test_the_region_of_an_edit():
