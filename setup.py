@@ -13,6 +13,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "ras_kernels" / "__init__.py").read_text(), re.MULTILINE
 )
 assert VERSION is not None
+DEMO = ["gradio>=6"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(
@@ -35,19 +36,22 @@ setup(
         "diffusers>=0.35",
         "einops>=0.8",
         "transformers>=4.48",
-        "numpy",
+        "numpy>=1.26",
         "pillow>=10.1",
     ],
     extras_require={
         "bench": ["cache-dit>=1.3", "matplotlib>=3.9"],
+        "demo": DEMO,
         "docs": DOCS,
         "dev": [
+            *DEMO,
             *DOCS,
             "accelerate>=1.0",
             "hypothesis>=6",
             "matplotlib>=3.9",
             "mypy",
             "peft>=0.17",
+            "playwright>=1.50",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff",
