@@ -21,8 +21,15 @@ from torch import Tensor
 
 import ras_kernels
 
-from .projections import Projected, Projection, finished, keys_and_values
-from .site import RASAttnProcessor
+from .projections import (
+    JointProjection,
+    Projected,
+    Projection,
+    finished,
+    joint_projection,
+    keys_and_values,
+)
+from .site import KVCache, RASAttnProcessor, Walk
 
 
 class SD3AttnProcessor(RASAttnProcessor):
@@ -51,12 +58,10 @@ class SD3AttnProcessor(RASAttnProcessor):
             return self.ras_original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )
-        fused = isinstance(self.ras_original, FusedJointAttnProcessor2_0)
-        query, image = _image_projections(attn, hidden_states, fused)
-        text_query, text = None, None
-        if encoder_hidden_states is not None and encoder_hidden_states.shape[1]:
-            text_query, text = _text_projections(attn, encoder_hidden_states, fused)
-        key, value = cache.update(image, text, walk)
+        text = encoder_hidden_states
+        if text is not None and not text.shape[1]:
+            text = None
+        query, text_query, key, value = self._project(attn, hidden_states, text, walk, cache)
         tokens = query.shape[1]
         if text_query is not None and not attn.context_pre_only:
             query = torch.cat([query, text_query], dim=1)
@@ -67,6 +72,38 @@ class SD3AttnProcessor(RASAttnProcessor):
         if attn.context_pre_only:  # nobody reads the text after the last block
             return image_output, None
         return image_output, attn.to_add_out(output[:, tokens:].flatten(2))
+
+    def _project(
+        self, attn: Attention, image: Tensor, text: Tensor | None, walk: Walk, cache: KVCache
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """The queries, `(B, n, H, D)` of the image and the text, and all keys and values."""
+        fused = isinstance(self.ras_original, FusedJointAttnProcessor2_0)
+        if not fused:
+            together = _all_projections(attn, image, text)
+            if together is not None:
+                query, text_query, key, value = cache.project(together, walk)
+                text_query = None if text_query is None else _heads(attn, text_query)
+                return _heads(attn, query), text_query, key, value
+        query, rows = _image_projections(attn, image, fused)
+        text_query, text_rows = None, None
+        if text is not None:
+            text_query, text_rows = _text_projections(attn, text, fused)
+        return query, text_query, *cache.update(rows, text_rows, walk)
+
+
+def _all_projections(attn: Attention, image: Tensor, text: Tensor | None) -> JointProjection | None:
+    """Those of a layer without norms, if they can be made at once."""
+    norms = attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
+    if any(norm is not None for norm in norms):
+        return None
+    text_layers: list[Any] = []
+    if text is not None:
+        text_layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+    return joint_projection(image, [attn.to_q, attn.to_k, attn.to_v], text, text_layers)
+
+
+def _heads(attn: Attention, projected: Tensor) -> Tensor:
+    return rearrange(projected, "b n (h d) -> b n h d", h=attn.heads)
 
 
 def _image_projections(
@@ -91,9 +128,7 @@ def _text_projections(
 
 def _split(attn: Attention, projected: Tensor) -> tuple[Tensor, Projected]:
     """The query, and key and value, from one projection, `(B, n, 3 * H * D)`."""
-    query, key, value = (
-        rearrange(part, "b n (h d) -> b n h d", h=attn.heads) for part in projected.chunk(3, dim=-1)
-    )
+    query, key, value = (_heads(attn, part) for part in projected.chunk(3, dim=-1))
     return query, Projected(key, value)
 
 

@@ -7,6 +7,7 @@ and layerwise-cast layers are called as they are, and what they return is writte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,6 @@ class Projected:
         """
         key_changes, value_changes = (None, None) if changes is None else changes
         if self.finish:
-            index = _all(self.key) if index is None else index
             ras_kernels.norm_rotary_scatter_(
                 kept[0], index, self.key, **self.finish, changes=key_changes
             )
@@ -75,10 +75,10 @@ class Projection:
 
     def put(self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None) -> None:
         """Write them to rows of the caches, see `Projected.put`."""
-        key_changes, value_changes = (None, None) if changes is None else changes
+        key_changes, value_changes = changes or (None, None)
         ras_kernels.linear_scatter_(
             *kept,
-            _all(self.tokens) if index is None else index,
+            index,
             self.tokens,
             key_weight=self.to_key.weight,
             value_weight=self.to_value.weight,
@@ -87,6 +87,58 @@ class Projection:
             key_changes=key_changes,
             value_changes=value_changes,
         )
+
+
+@dataclass(frozen=True)
+class JointProjection:
+    """All projections of a layer's image tokens, and of its text's, if there are any.
+
+    Attributes:
+        tokens, text: `(B, n, C)` and `(B, T, C)`, or None.
+        layers, text_layers: Those of query, key and value: plain, all with biases or all without.
+    """
+
+    tokens: Tensor
+    layers: Sequence[nn.Linear]
+    text: Tensor | None
+    text_layers: Sequence[nn.Linear]
+
+    def put(
+        self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Write keys and values as `Projected.put` does, the text's to the last rows.
+
+        Returns:
+            The queries of the image and of the text, `(B, n, H * D)`.
+        """
+        key_changes, value_changes = changes or (None, None)
+        text: dict[str, Any] = {}
+        if self.text is not None:
+            text["text"] = self.text
+            text["text_weights"] = [layer.weight for layer in self.text_layers]
+            text["text_biases"] = [layer.bias for layer in self.text_layers]
+        return ras_kernels.qkv_scatter_(
+            *kept,
+            index,
+            self.tokens,
+            weights=[layer.weight for layer in self.layers],
+            biases=[layer.bias for layer in self.layers],
+            key_changes=key_changes,
+            value_changes=value_changes,
+            **text,
+        )
+
+
+def joint_projection(
+    tokens: Tensor, layers: Sequence[Any], text: Tensor | None, text_layers: Sequence[Any]
+) -> JointProjection | None:
+    """All projections at once, or None where a kernel may not take the place of all the layers."""
+    every = [*layers, *(text_layers if text is not None else ())]
+    if not all(_is_plain_linear(layer, tokens) for layer in every):
+        return None
+    if len({layer.bias is None for layer in every}) > 1:
+        return None
+    return JointProjection(tokens, layers, text, text_layers)
 
 
 def finished(
@@ -198,8 +250,3 @@ def _put(kept: Tensor, changes: Tensor | None, index: Tensor | None, rows: Tenso
         ras_kernels.update_tokens_(kept, changes, index, rows)
     else:
         write(kept, index, rows)
-
-
-def _all(tokens: Tensor) -> Tensor:
-    """An index of all rows of `(B, n, ...)`, `(1, n)`."""
-    return torch.arange(tokens.shape[1], device=tokens.device)[None]

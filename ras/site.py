@@ -14,7 +14,7 @@ import ras_kernels
 
 from .layout import Layout
 from .output import HeldTokens
-from .projections import KeyValue, Projected, Projection
+from .projections import JointProjection, KeyValue, Projected, Projection
 from .tokens import room
 
 
@@ -135,6 +135,21 @@ class KVCache:
         if text is not None:
             start = tokens + walk.layout.references
             text.put((key[:, start:], value[:, start:]), None, None)
+        return self._carried_on(walk)
+
+    def project(
+        self, projection: JointProjection, walk: Walk
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Do `update` with what is projected here, where there are no references.
+
+        Returns:
+            The queries, of the image and of the text, and the keys and values of all tokens.
+        """
+        queries = projection.put(self._kept, self._changes, walk.active)
+        return *queries, *self._carried_on(walk)
+
+    def _carried_on(self, walk: Walk) -> KeyValue:
+        key, value = self._kept
         if walk.kv_gain is None or self._changes is None:
             return key, value
         return ras_kernels.carry_keys_and_values(key, value, *self._changes, walk.kv_gain)

@@ -15,7 +15,7 @@ from ._triton import backend, supports
 from .attention import sparse_attention
 from .changes import carry_keys_and_values, carry_tokens, update_tokens_
 from .drift import drift_scores, update_drift_
-from .linear import linear_scatter_
+from .linear import linear_scatter_, qkv_scatter_
 from .norm import NORMS, norm_rotary, norm_rotary_scatter_
 from .regions import METRICS, region_scores, select_regions
 from .rows import gather_tokens, scatter_tokens_
@@ -32,6 +32,7 @@ __all__ = [
     "linear_scatter_",
     "norm_rotary",
     "norm_rotary_scatter_",
+    "qkv_scatter_",
     "region_scores",
     "scatter_tokens_",
     "select_regions",

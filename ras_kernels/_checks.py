@@ -63,13 +63,13 @@ def check_index(index: Tensor, tokens: Tensor, name: str = "tokens") -> None:
         )
 
 
-def check_range(index: Tensor, tokens: Tensor) -> None:
-    """The values of an index into `tokens`."""
+def check_range(index: Tensor, rows: int) -> None:
+    """The values of an index into so many rows."""
     if not index.numel():
         return
     low, high = (int(bound) for bound in index.aminmax())
-    if low < 0 or high >= tokens.shape[1]:
-        raise ValueError(f"index must be in [0, {tokens.shape[1]}); it goes from {low} to {high}")
+    if low < 0 or high >= rows:
+        raise ValueError(f"index must be in [0, {rows}); it goes from {low} to {high}")
 
 
 def check_rows(

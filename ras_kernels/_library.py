@@ -25,6 +25,7 @@ def register(
     reference: Run,
     plan: Callable[..., Run | None],
     fake: Run = nothing,
+    rows: Callable[..., int] = lambda tokens, *_: tokens.shape[1],
 ) -> Callable[..., Any]:
     """Define the op `torch.ops.ras_kernels.<name>`, and return a function that calls it.
 
@@ -32,13 +33,13 @@ def register(
     op's arguments.
 
     Args:
-        schema: Of the op, its name first; what it writes to is marked `(a!)`. An `index` is one of
-            rows of the first argument.
+        schema: Of the op, its name first; what it writes to is marked `(a!)`.
         check: Raises ValueError for wrong arguments; of tensors it goes by all but their values.
         reference: The PyTorch definition, for all devices without a kernel.
         plan: A function that launches the Triton kernel on arguments of the same kind (see
             `_plans`), or None if the kernel does not take such; it may not keep the tensors.
         fake: The shapes and dtypes of what the op returns, if anything.
+        rows: How many rows there are for an `index` to name: those of the first argument.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -55,7 +56,7 @@ def register(
         def looked(*args: Any) -> Any:
             index = args[at]
             if index is not None and (index.is_cpu or _checks.CHECKS_INDICES):
-                _checks.check_range(index, args[0])
+                _checks.check_range(index, rows(*args))
             return run(*args)
 
         return looked

@@ -64,6 +64,13 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@torch.compiler.assume_constant_result
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+
+
 def jit(*unspecialised: str) -> Callable[[Callable[..., Any]], Any]:
     """Make a kernel of a function; without Triton it stays one, which nobody calls.
 

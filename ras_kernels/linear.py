@@ -1,23 +1,28 @@
-"""Key and value projections that write straight into the rows of their caches."""
+"""Projections of tokens to queries, and to keys and values in rows of their caches."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from . import reference
+from . import _triton, reference
 from ._checks import check_floats, check_index, check_same, check_written, shapes
 from ._library import register
 from ._plans import Run, launch
-from ._triton import cdiv, jit, tl
+from ._project import GROUP, _project_kernel, tile
+from ._triton import cdiv
+
+NAMES = "query", "key", "value"
+NO_TEXT: tuple[Any, ...] = (None,) * 7  # which has a text's layers, too
 
 
 def linear_scatter_(
     key: Tensor,
     value: Tensor,
-    index: Tensor,
+    index: Tensor | None,
     tokens: Tensor,
     *,
     key_weight: Tensor,
@@ -34,29 +39,61 @@ def linear_scatter_(
 
     Args:
         key, value: `(B, N, G, D)` or `(B, N, G * D)`, written in place.
-        index: `(B, K)` or `(1, K)`, each row once per sample.
+        index: `(B, K)` or `(1, K)`, each row once per sample; None for the first K rows, in order.
         tokens: `(B, K, C)`.
         key_weight, value_weight: `(G * D, C)`, as of `torch.nn.Linear`.
         key_bias, value_bias: `(G * D,)`, both or neither.
-        key_changes, value_changes: Of the shape of `key` and `value`, both or neither; their rows
-            are set to what was added to those of the caches.
+        key_changes, value_changes: As `key` and `value`, maybe of their first rows alone, both or
+            neither; their rows are set to what was added to those of the caches.
 
     Returns:
         `key` and `value` themselves.
     """
-    _linear_scatter(
-        key,
-        value,
-        key_changes,
-        value_changes,
-        index,
-        tokens,
-        key_weight,
-        key_bias,
-        value_weight,
-        value_bias,
-    )
+    layers = key_weight, value_weight, key_bias, value_bias
+    _linear_scatter(key, value, key_changes, value_changes, index, tokens, *layers)
     return key, value
+
+
+def qkv_scatter_(
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    tokens: Tensor,
+    *,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] = (None, None, None),
+    text: Tensor | None = None,
+    text_weights: Sequence[Tensor | None] = (None, None, None),
+    text_biases: Sequence[Tensor | None] = (None, None, None),
+    key_changes: Tensor | None = None,
+    value_changes: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Project image tokens, and text tokens by layers of their own, to Q, K and V in one launch.
+
+    Queries are returned, keys and values written as by `linear_scatter_`: those of the image into
+    rows `index` of the caches, those of the text into the last T rows.
+
+    Args:
+        key, value: `(B, S, G, D)` or `(B, S, G * D)`, written in place.
+        index: `(B, K)` or `(1, K)`, in `[0, S - T)`, each row once per sample; None for the first
+            K rows, in order.
+        tokens: `(B, K, C)`, of the image.
+        weights: Of query, key and value: `(H * D, C)` and twice `(G * D, C)`.
+        biases: `(H * D,)` and twice `(G * D,)`, all or none.
+        text: `(B, T, C)`, or None.
+        text_weights, text_biases: The text's, of the same shapes.
+        key_changes, value_changes: See `linear_scatter_`; of image rows.
+
+    Returns:
+        The queries of the image, `(B, K, H * D)`, and of the text, `(B, T, H * D)`, or None.
+    """
+    own = *weights, *biases
+    caches = key, value, key_changes, value_changes
+    query, text_query = _qkv(*caches, index, tokens, *own, text, *text_weights, *text_biases)
+    return query, None if text is None else text_query
+
+
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _check(
@@ -64,236 +101,183 @@ def _check(
     value: Tensor,
     key_changes: Tensor | None,
     value_changes: Tensor | None,
-    index: Tensor,
+    index: Tensor | None,
     tokens: Tensor,
     key_weight: Tensor,
-    key_bias: Tensor | None,
     value_weight: Tensor,
+    key_bias: Tensor | None,
     value_bias: Tensor | None,
+) -> None:
+    layers = None, key_weight, value_weight, None, key_bias, value_bias
+    _check_qkv(key, value, key_changes, value_changes, index, tokens, *layers)
+
+
+def _check_qkv(
+    key: Tensor,
+    value: Tensor,
+    key_changes: Tensor | None,
+    value_changes: Tensor | None,
+    index: Tensor | None,
+    tokens: Tensor,
+    *layers: Any,
 ) -> None:
     if tokens.ndim != 3 or key.ndim not in (3, 4) or key.shape != value.shape:
         raise ValueError(
             "tokens must be (B, K, C), and key and value both (B, N, G, D) or (B, N, G * D); got "
             f"{shapes(tokens, key, value)}"
         )
-    width = math.prod(key.shape[2:])
-    check_index(index, key, "key")
-    if tokens.shape[:2] != (len(key), index.shape[1]):
-        raise ValueError(
-            f"tokens must be ({len(key)}, {index.shape[1]}, C) by key and index; got "
-            f"{shapes(tokens)}"
-        )
-    for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
-        if weight.shape != (width, tokens.shape[2]):
-            raise ValueError(
-                f"{name} must be ({width}, {tokens.shape[2]}); got {tuple(weight.shape)}"
-            )
-    if (key_bias is None) != (value_bias is None):
-        raise ValueError("give key_bias and value_bias, or neither")
-    for name, bias in (("key_bias", key_bias), ("value_bias", value_bias)):
-        if bias is not None and bias.shape != (width,):
-            raise ValueError(f"{name} must be ({width},); got {tuple(bias.shape)}")
+    own, (text, *of_text) = layers[:6], layers[6:] or NO_TEXT
+    written = {"key": key, "value": value}
     if (key_changes is None) != (value_changes is None):
         raise ValueError("give key_changes and value_changes, or neither")
-    written = {"key": key, "value": value}
+    if index is not None:
+        check_index(index, key, "key")
+    count = tokens.shape[1] if index is None else index.shape[1]
+    if tokens.shape[:2] != (len(key), count):
+        raise ValueError(
+            f"tokens must be ({len(key)}, {count}, C) by key and index; got {shapes(tokens)}"
+        )
+    length = 0 if text is None or text.ndim < 2 else text.shape[1]
     for name, changes in (("key_changes", key_changes), ("value_changes", value_changes)):
-        if changes is not None:
-            written[name] = changes
-            if changes.shape != key.shape:
-                raise ValueError(
-                    f"{name} must be {tuple(key.shape)} as key; got {tuple(changes.shape)}"
-                )
+        if changes is None:
+            continue
+        written[name] = changes
+        rows = changes.shape[1] if changes.ndim == key.ndim else key.shape[1]
+        if changes.shape != (len(key), rows, *key.shape[2:]) or rows + length > key.shape[1]:
+            raise ValueError(
+                f"{name} must be {tuple(key.shape)} as key, or of its first rows; got "
+                f"{tuple(changes.shape)}"
+            )
+    if index is None and count > _rows(
+        key, value, key_changes, value_changes, index, tokens, *layers
+    ):
+        raise ValueError(
+            "without an index tokens must be no more than there are rows for; got "
+            f"{shapes(tokens, *written.values())}"
+        )
     check_floats(tokens=tokens)
-    read = {"key_weight": key_weight, "value_weight": value_weight}
-    if key_bias is not None and value_bias is not None:
-        read |= {"key_bias": key_bias, "value_bias": value_bias}
-    check_same(tokens=tokens, **written, **read)
+    read = {"tokens": tokens} | _check_layers("", own, key, tokens.shape[2])
+    if text is not None:
+        if text.ndim != 3 or text.shape != (len(key), length, tokens.shape[2]):
+            raise ValueError(
+                f"text must be ({len(key)}, T, {tokens.shape[2]}); got {tuple(text.shape)}"
+            )
+        if length > key.shape[1]:
+            raise ValueError(f"key must have a row for each of {length} of text; got {shapes(key)}")
+        read |= {"text": text} | _check_layers("text_", of_text, key, text.shape[2])
+        wide = len(own[0])
+        if len(of_text[0]) != wide or (of_text[3] is None) != (own[3] is None):
+            raise ValueError(
+                f"text_query_weight must have {wide} rows, and text_biases be given as biases are"
+            )
+    elif any(layer is not None for layer in of_text):
+        raise ValueError("text_weights and text_biases belong to a text, and text is None")
+    check_same(**read, **written)
     for name, cache in written.items():
         check_written(cache, name)
 
 
-# Not rows_per_sample: by a multiple of 16, rows next to each other are of one sample.
-@jit(
-    *("key_b", "key_n", "value_b", "value_n", "key_changes_b", "key_changes_n"),
-    *(
-        "value_changes_b",
-        "value_changes_n",
-    ),
-    *("index_b", "num_rows", "outputs", "inputs"),
-)
-def _linear_scatter_kernel(
-    key,
-    value,
-    key_changes,
-    value_changes,
-    index,
-    tokens,
-    key_weight,
-    value_weight,
-    key_bias,
-    value_bias,
-    key_b,
-    key_n,
-    value_b,
-    value_n,
-    key_changes_b,
-    key_changes_n,
-    value_changes_b,
-    value_changes_n,
-    tokens_b,
-    tokens_k,
-    weight_o,
-    index_b,
-    index_k,
-    num_rows,  # B * K
-    rows_per_sample,
-    outputs,  # in units of VECTOR, as all strides above but those of index
-    inputs,
-    BIAS: tl.constexpr,
-    CHANGES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    # Programs that run together share rows of tokens and of weights, which L2 then holds.
-    width, depth = outputs * VECTOR, inputs * VECTOR
-    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), 2 * tl.cdiv(width, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP * tiles_n)
-    rows_in_group = tl.minimum(tiles_m - group * GROUP, GROUP)
-    tile_m = group * GROUP + program % (GROUP * tiles_n) % rows_in_group
-    tile_n = program % (GROUP * tiles_n) // rows_in_group
-    is_value = tile_n >= tiles_n // 2
-    weight, bias, output, changes = key_weight, key_bias, key, key_changes
-    # Strides of one type, whichever of the caches' would fit into 32 bits.
-    output_b, output_n = key_b.to(tl.int64), key_n.to(tl.int64)
-    changes_b, changes_n = key_changes_b.to(tl.int64), key_changes_n.to(tl.int64)
-    if is_value:
-        weight, bias, output, changes = value_weight, value_bias, value, value_changes
-        output_b, output_n = value_b.to(tl.int64), value_n.to(tl.int64)
-        changes_b, changes_n = value_changes_b.to(tl.int64), value_changes_n.to(tl.int64)
-        tile_n -= tiles_n // 2
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, BLOCK_K)
-    inside = m < num_rows
-    b, k = (m // rows_per_sample).to(tl.int64), (m % rows_per_sample).to(tl.int64)
-    x = tokens + ((b * tokens_b + k * tokens_k) * VECTOR)[:, None] + c[None, :]
-    w = weight + (o.to(tl.int64) * weight_o * VECTOR)[:, None] + c[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, depth, BLOCK_K):
-        left = (first + c < depth)[None, :]
-        x_tile = tl.load(x + first, mask=inside[:, None] & left, other=0.0)
-        w_tile = tl.load(w + first, mask=(o < width)[:, None] & left, other=0.0)
-        total = tl.dot(x_tile, tl.trans(w_tile), acc=total, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias + o, mask=o < width, other=0.0).to(tl.float32)[None, :]
-    n = tl.load(index + b * index_b + k * index_k, mask=inside, other=0).to(tl.int64)
-    both = inside[:, None] & (o < width)[None, :]
-    row = output + ((b * output_b + n * output_n) * VECTOR)[:, None] + o[None, :]
-    if CHANGES:
-        new = total.to(output.dtype.element_ty).to(tl.float32)
-        old = tl.load(row, mask=both, other=0.0).to(tl.float32)
-        beside = changes + ((b * changes_b + n * changes_n) * VECTOR)[:, None] + o[None, :]
-        tl.store(beside, new - old, mask=both)
-    tl.store(row, total, mask=both)
+def _check_layers(of: str, layers: Sequence[Any], key: Tensor, depth: int) -> dict[str, Tensor]:
+    """Weights and biases of query, key and value, by name: without a query's, two of each."""
+    width, found = math.prod(key.shape[2:]), {}
+    weights, biases = layers[:3], layers[3:]
+    first = 0 if of or weights[0] is not None else 1
+    for name, weight in zip(NAMES[first:], weights[first:]):
+        given = None if weight is None else tuple(weight.shape)
+        wide = len(weight) if name == "query" and weight is not None and weight.ndim else width
+        if weight is None or given != (wide, depth):
+            raise ValueError(f"{of}{name}_weight must be ({wide}, {depth}); got {given}")
+        found[f"{of}{name}_weight"] = weight
+    if len({bias is None for bias in biases[first:]}) > 1:
+        names = " and ".join(f"{of}{name}_bias" for name in NAMES[first:])
+        raise ValueError(f"give {names}, or none of them")
+    for name, weight, bias in zip(NAMES[first:], weights[first:], biases[first:]):
+        if bias is not None:
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"{of}{name}_bias must be ({len(weight)},); got {tuple(bias.shape)}"
+                )
+            found[f"{of}{name}_bias"] = bias
+    return found
 
 
-class Tile(NamedTuple):
-    """How the kernel is cut and run."""
-
-    rows: int
-    outputs: int
-    inputs: int
-    warps: int
-    stages: int
-
-
-GROUP = 8  # tiles of rows that run together
-
-
-def tile(element_size: int, vector: int) -> Tile:
-    """The rule of tiles: within 64 KB of shared memory, the least that a supported chip has.
-
-    Elements that are read one by one (`vector` 1) take more registers for their addresses.
-    """
-    if element_size == 2:
-        return Tile(128, 128 if vector > 1 else 64, 32, 8, 4)
-    return Tile(64, 64, 32, 4, 2)
-
-
-def _operands(
+def _rows(
     key: Tensor,
     value: Tensor,
     key_changes: Tensor | None,
     value_changes: Tensor | None,
-    index: Tensor,
+    index: Tensor | None,
     tokens: Tensor,
-    key_weight: Tensor,
-    key_bias: Tensor | None,
-    value_weight: Tensor,
-    value_bias: Tensor | None,
-) -> tuple[Tensor, ...]:
+    *layers: Any,
+) -> int:
+    """How many rows there are for an index to name."""
+    text = layers[6] if len(layers) > 6 else None
+    rows = key.shape[1] - (0 if text is None else text.shape[1])
+    return min([rows, *(c.shape[1] for c in (key_changes, value_changes) if c is not None)])
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def _operands(tokens: Tensor, *given: Tensor | None) -> list[Tensor]:
     """The kernel's tensors; for one that is not given, and then not read, any other."""
-    return (
-        key,
-        value,
-        key if key_changes is None else key_changes,
-        value if value_changes is None else value_changes,
-        index,
-        tokens,
-        key_weight,
-        value_weight,
-        tokens if key_bias is None else key_bias.contiguous(),
-        tokens if value_bias is None else value_bias.contiguous(),
-    )
+    return [tokens if tensor is None else tensor for tensor in given]
 
 
-def _plan(
+def _plan_qkv(
     key: Tensor,
     value: Tensor,
     key_changes: Tensor | None,
     value_changes: Tensor | None,
-    index: Tensor,
+    index: Tensor | None,
     tokens: Tensor,
-    key_weight: Tensor,
-    key_bias: Tensor | None,
-    value_weight: Tensor,
-    value_bias: Tensor | None,
+    *layers: Any,
 ) -> Run | None:
     written = [t for t in (key, value, key_changes, value_changes) if t is not None]
-    read = [tokens, key_weight, value_weight]
+    own, text, of_text = layers[:6], layers[6], layers[7:]
+    weights = [t for t in (*own[:3], *of_text[:3]) if t is not None]
+    biases = [t for t in (*own[3:], *of_text[3:]) if t is not None]
+    read = [tokens, *weights, *([] if text is None else [text])]
     if (
-        any(tensor.stride(-1) != 1 for tensor in (*read, *written))
+        any(tensor.stride(-1) != 1 for tensor in (*read, *written, *biases))
         or any(cache.ndim == 4 and cache.stride(2) != cache.shape[3] for cache in written)
-        or key_weight.stride() != value_weight.stride()
+        or len({weight.stride() for weight in weights}) > 1
     ):
         return None
-
-    caches, weights = (key, value, key_changes, value_changes), (key_weight, key_bias)
-    operands = _operands(*caches, index, tokens, *weights, value_weight, value_bias)
     batch, count, depth = tokens.shape
-    width = len(key_weight)
+    width, length = math.prod(key.shape[2:]), 0 if text is None else text.shape[1]
+    wide = 0 if own[0] is None else len(own[0])
+    queries = _fake_qkv(key, value, key_changes, value_changes, index, tokens, *layers)
+    caches = key, value, key_changes, value_changes
+    operands = _operands(tokens, *caches, index, tokens, *layers, *queries)
     strides = [stride for cache in operands[:4] for stride in cache.stride()[:2]]
-    strides += [*tokens.stride()[:2], key_weight.stride(0)]
+    strides += [*tokens.stride()[:2], *operands[12].stride()[:2], weights[0].stride(0)]
     size = tokens.element_size()
     starts = [tensor.data_ptr() // size for tensor in (*read, *written)]
-    vector = math.gcd(16 // size, width, depth, *strides, *starts)
-    block = tile(size, vector)
+    vector = math.gcd(16 // size, width, wide, depth, *strides, *starts)
+    products = [(batch * rows, n) for rows in (count, length) for n in (wide, width, width)]
+    chip = _triton.architecture(tokens.device), _triton.multiprocessors(tokens.device)
+    block = tile(size, vector, products, *chip)
+    tiles = sum(cdiv(m, block.rows) * cdiv(n, block.outputs) for m, n in products)
     project = launch(
-        _linear_scatter_kernel,
-        (cdiv(batch * count, block.rows) * 2 * cdiv(width, block.outputs),),
+        _project_kernel,
+        (tiles,),
         operands,
         *(stride // vector for stride in strides),
-        0 if len(index) == 1 else index.stride(0),
-        index.stride(1),
+        0 if index is None or len(index) == 1 else index.stride(0),
+        0 if index is None else index.stride(1),
         batch * count,
         count,
+        batch * length,
+        length,
+        key.shape[1] - length,
+        wide // vector,
         width // vector,
         depth // vector,
-        BIAS=key_bias is not None,
+        QUERY=own[0] is not None,
+        TEXT=text is not None,
+        INDEX=index is not None,
+        BIAS=bool(biases),
         CHANGES=key_changes is not None,
         VECTOR=vector,
         BLOCK_M=block.rows,
@@ -303,14 +287,59 @@ def _plan(
         num_warps=block.warps,
         num_stages=block.stages,
     )
-    return lambda *args: project(*_operands(*args))
+
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        tokens = args[5]
+        query = tokens.new_empty(batch, count, wide)
+        text_query = tokens.new_empty(batch, length, wide)
+        project(*_operands(tokens, *args, query, text_query))
+        return query, text_query
+
+    return run
 
 
+def _fake_qkv(*args: Any) -> tuple[Tensor, Tensor]:
+    tokens, weight, text = args[5], args[6], args[12]
+    wide, length = 0 if weight is None else len(weight), 0 if text is None else text.shape[1]
+    count = len(tokens), tokens.shape[1]
+    return tokens.new_empty(*count, wide), tokens.new_empty(count[0], length, wide)
+
+
+def _plan(*args: Any) -> Run | None:
+    *caches, key_weight, value_weight, key_bias, value_bias = args
+    layers = None, key_weight, value_weight, None, key_bias, value_bias
+    project = _plan_qkv(*caches, *layers, *NO_TEXT)
+    if project is None:
+        return None
+
+    def run(*args: Any) -> None:
+        *caches, key_weight, value_weight, key_bias, value_bias = args
+        project(*caches, None, key_weight, value_weight, None, key_bias, value_bias, *NO_TEXT)
+
+    return run
+
+
+_CACHES = (
+    "Tensor(a!) key, Tensor(b!) value, Tensor(c!)? key_changes, Tensor(d!)? value_changes, "
+    "Tensor? index, Tensor tokens"
+)
 _linear_scatter = register(
-    "linear_scatter_(Tensor(a!) key, Tensor(b!) value, Tensor(c!)? key_changes, "
-    "Tensor(d!)? value_changes, Tensor index, Tensor tokens, Tensor key_weight, "
-    "Tensor? key_bias, Tensor value_weight, Tensor? value_bias) -> ()",
+    f"linear_scatter_({_CACHES}, Tensor key_weight, Tensor value_weight, Tensor? key_bias, "
+    "Tensor? value_bias) -> ()",
     check=_check,
     reference=reference.linear_scatter_,
     plan=_plan,
+    rows=_rows,
+)
+_qkv = register(
+    f"qkv_scatter_({_CACHES}, Tensor query_weight, Tensor key_weight, Tensor value_weight, "
+    "Tensor? query_bias, Tensor? key_bias, Tensor? value_bias, Tensor? text, "
+    "Tensor? text_query_weight, Tensor? text_key_weight, Tensor? text_value_weight, "
+    "Tensor? text_query_bias, Tensor? text_key_bias, Tensor? text_value_bias) "
+    "-> (Tensor, Tensor)",
+    check=_check_qkv,
+    reference=reference.qkv_scatter_,
+    plan=_plan_qkv,
+    fake=_fake_qkv,
+    rows=_rows,
 )

@@ -15,6 +15,7 @@ from ._checks import (
     check_rows,
     check_same,
     check_written,
+    shapes,
 )
 from ._library import register
 from ._plans import Run, launch, nothing
@@ -56,7 +57,7 @@ def norm_rotary(
 
 def norm_rotary_scatter_(
     out: Tensor,
-    index: Tensor,
+    index: Tensor | None,
     tokens: Tensor,
     *,
     norm: str | None = None,
@@ -70,7 +71,7 @@ def norm_rotary_scatter_(
 
     Args:
         out: `(B, N, H, D)`, written in place.
-        index: `(B, K)` or `(1, K)`, each row once per sample.
+        index: `(B, K)` or `(1, K)`, each row once per sample; None for the first K rows, in order.
         tokens, norm, weight, bias, eps, rotary: See `norm_rotary`.
         changes: `(B, N, H, D)`; its rows are set to what was added to those of `out`.
 
@@ -119,11 +120,11 @@ def _check(
         check_same(**{"tokens": tokens, name: vector})
     if rotary is None:
         return
-    shapes = [(batch, tokens.shape[1], size // 2) for batch in (tokens.shape[0], 1)]
+    taken = [(batch, tokens.shape[1], size // 2) for batch in (tokens.shape[0], 1)]
     found = rotary.shape[:-1]  # without that of its real and imaginary parts
-    if found not in shapes or size % 2:
+    if found not in taken or size % 2:
         raise ValueError(
-            f"rotary must be complex of shape {shapes[0]} or {shapes[1]}; got one of shape "
+            f"rotary must be complex of shape {taken[0]} or {taken[1]}; got one of shape "
             f"{tuple(found)}"
         )
     if rotary.device != tokens.device:
@@ -133,7 +134,7 @@ def _check(
 def _check_scatter(
     out: Tensor,
     changes: Tensor | None,
-    index: Tensor,
+    index: Tensor | None,
     tokens: Tensor,
     norm: str | None,
     weight: Tensor | None,
@@ -142,7 +143,20 @@ def _check_scatter(
     rotary: Tensor | None,
 ) -> None:
     _check(tokens, norm, weight, bias, eps, rotary)
-    check_rows(out, index, tokens, ("out", "tokens"))
+    if index is None:
+        if out.ndim < 2 or out.shape[:1] + out.shape[2:] != tokens.shape[:1] + tokens.shape[2:]:
+            raise ValueError(
+                f"out must be (B, N, H, D), and tokens (B, K, H, D); got {shapes(out, tokens)}"
+            )
+        if tokens.shape[1] > out.shape[1]:
+            raise ValueError(
+                "without an index tokens must be no more than out has rows; got "
+                f"{shapes(tokens, out)}"
+            )
+        check_same(out=out, tokens=tokens)
+        check_written(out, "out")
+    else:
+        check_rows(out, index, tokens, ("out", "tokens"))
     if changes is not None:
         if changes.shape != out.shape:
             raise ValueError(
@@ -358,7 +372,7 @@ _norm_rotary = register(
     fake=_fake,
 )
 _norm_rotary_scatter = register(
-    "norm_rotary_scatter_(Tensor(a!) out, Tensor(b!)? changes, Tensor index, Tensor tokens, "
+    "norm_rotary_scatter_(Tensor(a!) out, Tensor(b!)? changes, Tensor? index, Tensor tokens, "
     f"{_OPTIONS}) -> ()",
     check=_check_scatter,
     reference=reference.norm_rotary_scatter_,

@@ -7,6 +7,7 @@ Arguments have been checked by the public functions of `ras_kernels`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -114,7 +115,7 @@ def norm_rotary(
 def norm_rotary_scatter_(
     out: Tensor,
     changes: Tensor | None,
-    index: Tensor,
+    index: Tensor | None,
     tokens: Tensor,
     norm: str | None,
     weight: Tensor | None,
@@ -130,11 +131,11 @@ def linear_scatter_(
     value: Tensor,
     key_changes: Tensor | None,
     value_changes: Tensor | None,
-    index: Tensor,
+    index: Tensor | None,
     tokens: Tensor,
     key_weight: Tensor,
-    key_bias: Tensor | None,
     value_weight: Tensor,
+    key_bias: Tensor | None,
     value_bias: Tensor | None,
 ) -> None:
     for cache, changes, weight, bias in (
@@ -145,11 +146,48 @@ def linear_scatter_(
         _put(cache, changes, index, rows.view(*rows.shape[:2], *cache.shape[2:]))
 
 
-def _put(tokens: Tensor, changes: Tensor | None, index: Tensor, rows: Tensor) -> None:
-    if changes is None:
+def qkv_scatter_(
+    key: Tensor,
+    value: Tensor,
+    key_changes: Tensor | None,
+    value_changes: Tensor | None,
+    index: Tensor | None,
+    tokens: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    value_bias: Tensor | None,
+    text: Tensor | None,
+    text_query_weight: Tensor | None,
+    text_key_weight: Tensor | None,
+    text_value_weight: Tensor | None,
+    text_query_bias: Tensor | None,
+    text_key_bias: Tensor | None,
+    text_value_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    query = F.linear(tokens, query_weight, query_bias)
+    layers: Any = key_weight, value_weight, key_bias, value_bias
+    linear_scatter_(key, value, key_changes, value_changes, index, tokens, *layers)
+    if text is None or text_query_weight is None:
+        return query, query.new_empty(len(query), 0, query.shape[2])
+    behind = [cache[:, cache.shape[1] - text.shape[1] :] for cache in (key, value)]
+    layers = text_key_weight, text_value_weight, text_key_bias, text_value_bias
+    linear_scatter_(behind[0], behind[1], None, None, None, text, *layers)
+    return query, F.linear(text, text_query_weight, text_query_bias)
+
+
+def _put(tokens: Tensor, changes: Tensor | None, index: Tensor | None, rows: Tensor) -> None:
+    if index is None:
+        tokens = tokens[:, : rows.shape[1]]
+        changes = None if changes is None else changes[:, : rows.shape[1]]
+    if changes is not None:
+        update_tokens_(tokens, changes, index, rows)
+    elif index is not None:
         scatter_tokens_(tokens, index, rows)
     else:
-        update_tokens_(tokens, changes, index, rows)
+        tokens.copy_(rows)
 
 
 def region_scores(noise: Tensor, pixels: int, metric: str) -> Tensor:

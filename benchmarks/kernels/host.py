@@ -71,6 +71,7 @@ def as_if_on(
         for target, name, value in (
             (triton.runtime.driver, "_active", driver),
             (_triton, "architecture", lambda device: driver.chip.architecture),
+            (_triton, "multiprocessors", lambda device: 132),
             (_library, "supports", lambda device, dtype: True),
             (_checks, "check_range", _plans.nothing),  # a GPU's indices are not read
             (torch.cuda, "current_device", lambda: None),  # the index of the device "cpu"

@@ -108,6 +108,7 @@ def recording(architecture: int) -> Iterator[list[tuple[Any, ...]]]:
             for name, kernel in kernels(module).items():
                 stack.enter_context(patch.object(module, name, _Recorder(kernel, launches)))
         stack.enter_context(patch.object(_triton, "architecture", lambda device: architecture))
+        stack.enter_context(patch.object(_triton, "multiprocessors", lambda device: 132))
         yield launches
 
 
@@ -201,20 +202,29 @@ def carry_calls() -> Iterator[Call]:
 
 
 def linear_calls() -> Iterator[Call]:
-    for dtype, width, biased, changed in itertools.product(
-        FLOATS, (1536, 1533), (False, True), (False, True)
-    ):
-        cache = empty(BATCH, TOKENS + TEXT, width, dtype=dtype)[:, :TOKENS]
-        beside = cache if changed else None
+    """Keys and values; with queries, and with the text's, as many as models have."""
+    choices = itertools.product(FLOATS, (1536, 1533), *[(False, True)] * 5)
+    for dtype, width, biased, changed, indexed, query, joint in choices:
+        usual = biased and width == 1536
+        if not (usual or indexed) or (joint and not (usual and query)):
+            continue
+        cache = empty(BATCH, TOKENS + TEXT, width, dtype=dtype)
+        beside = cache[:, :TOKENS] if changed else None
         tokens, weight = empty(BATCH, ACTIVE, width, dtype=dtype), empty(width, width, dtype=dtype)
-        projection = weight, weight[0] if biased else None
-        run = partial(
-            linear._plan,
-            *(cache, cache, beside, beside),
-            *(index(), tokens, *projection, *projection),
-        )
-        text = f"C {width}" + ", bias" * biased + ", changes" * changed
-        yield Call("linear_scatter_", dtype, text, run)
+        layers = [weight] * 3 + [weight[0] if biased else None] * 3
+        text = [empty(BATCH, TEXT, width, dtype=dtype), *layers] if joint else linear.NO_TEXT
+        given = cache, cache, beside, beside, index(torch.int32) if indexed else None, tokens
+        what = f"C {width}" + ", bias" * biased + ", changes" * changed
+        what += ", query" * query + ", text" * joint + ", in order" * (not indexed)
+        if query:
+            run = partial(linear._plan_qkv, *given, *layers, *text)
+        else:
+            run = partial(linear._plan, *given, *layers[:2], *layers[4:])
+        if usual and indexed and not query:  # few rows, for which there may be other tiles
+            few = index(torch.int32)[:, :64], tokens[:, :64], *layers[:2], *layers[4:]
+            few_rows = partial(linear._plan, cache, cache, beside, beside, *few)
+            yield Call("linear_scatter_", dtype, what + ", few rows", few_rows)
+        yield Call("qkv_scatter_" if query else "linear_scatter_", dtype, what, run)
 
 
 def norm_calls() -> Iterator[Call]:

@@ -55,12 +55,18 @@ def layer(hidden, noise, changes, ages, key, value, query_weight, weights, biase
         key_changes=key_changes[:, :tokens],
         value_changes=value_changes[:, :tokens],
     )
+    layers = [query_weight.T, *weights]
+    query, _ = ras_kernels.qkv_scatter_(
+        key, value, active, rows, weights=layers, text=hidden[:, :2], text_weights=layers
+    )
     turned = ras_kernels.gather_tokens(rotary.expand(batch, -1, -1), active)
     options = dict(norm=LAYER_NORM, weight=norm, rotary=turned)
     ras_kernels.norm_rotary_scatter_(
         key[:, :tokens], active, ras_kernels.gather_tokens(key, active), **options
     )
-    query = ras_kernels.norm_rotary((rows @ query_weight).unflatten(2, (heads, size)), **options)
+    query = ras_kernels.norm_rotary(query.unflatten(2, (heads, size)), **options)
+    moved = key_changes[:, :tokens], value_changes[:, :tokens]
+    key, value = ras_kernels.carry_keys_and_values(key, value, *moved, ages / 3)
     seen = torch.full((batch,), tokens + 1, dtype=torch.int32, device=key.device)
     output = ras_kernels.sparse_attention(query, key, value, key_lengths=seen).flatten(2)
     ras_kernels.scatter_tokens_(hidden, active, rows + output[..., :width])

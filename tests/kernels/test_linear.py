@@ -12,6 +12,7 @@ from support.operands import (
     batches,
     check,
     counts,
+    few,
     indices,
     laid,
     layouts,
@@ -40,7 +41,8 @@ from ras_kernels import reference
     st.booleans(),
 )
 def test_linear_scatter(dtype, with_changes, data, batch, count, depth, heads, flat, biased):
-    index = data.draw(indices(batch, count))
+    listed = data.draw(indices(batch, count) | st.none())
+    index = torch.arange(count, device=DEVICE)[None] if listed is None else listed
     width = math.prod(heads)
     tokens = laid(normal(batch, index.shape[1], depth, dtype=dtype), data.draw(read))
     how = data.draw(st.sampled_from([("dense", "dense"), ("rows", "rows")]) | st.tuples(read, read))
@@ -62,7 +64,7 @@ def test_linear_scatter(dtype, with_changes, data, batch, count, depth, heads, f
     with only_rows(index, *caches, *changes * with_changes):
         written = ras_kernels.linear_scatter_(
             *caches,
-            index,
+            listed,
             tokens,
             key_weight=weights[0],
             value_weight=weights[1],
@@ -92,3 +94,70 @@ def test_linear_scatter_of_more_rows_than_run_together(dtype):
     exact, same = F.linear(wide(tokens), wide(weight)), F.linear(tokens, weight)
     check(key.flip(1), exact, same)
     check(value.flip(1), -exact, -same)
+
+
+@pytest.mark.parametrize("dtype", COMPUTED, ids=str)
+@pytest.mark.parametrize("with_changes", [False, True])
+@few
+@given(
+    st.data(),
+    batches,
+    counts,
+    st.sampled_from([None, 0, 3, 20]),
+    st.sampled_from([1, 64]),
+    st.sampled_from([((1, 1), 1), ((3, 24), 6), ((5, 32), 2)]),
+    st.booleans(),
+    st.sampled_from(["dense", "rows", "gaps"]),
+)
+def test_qkv_scatter(dtype, with_changes, data, batch, count, length, depth, heads, biased, how):
+    """Of more query heads than key heads, with rows between those of the image and the text's."""
+    listed = data.draw(indices(batch, count) | st.none())
+    index = torch.arange(count, device=DEVICE)[None] if listed is None else listed
+    (groups, size), query_heads = heads
+    widths = query_heads * size, groups * size, groups * size
+    of = {"": index.shape[1]} | ({} if length is None else {"text_": length})
+    given, exact, same = {}, {}, {}
+    for seed, (name, rows) in enumerate(of.items()):
+        tokens = laid(normal(batch, rows, depth, dtype=dtype, seed=seed), data.draw(read))
+        weights = [
+            laid(normal(width, depth, dtype=dtype, seed=seed + i) / depth**0.5, how)
+            for i, width in enumerate(widths)
+        ]
+        biases = [
+            normal(width, dtype=dtype, seed=seed + 9 + i) if biased else None
+            for i, width in enumerate(widths)
+        ]
+        given |= {name + "weights": weights, name + "biases": biases}
+        given |= {"text" if name else "tokens": tokens}
+        exact[name], same[name] = (
+            [F.linear(*map(as_kind, (tokens, *layer))) for layer in zip(weights, biases)]
+            for as_kind in (wide, lambda tensor: tensor)
+        )
+    end = count + 2 + (length or 0)
+    caches = [
+        laid(normal(batch, end, groups, size, dtype=dtype, seed=s), data.draw(layouts))
+        for s in (5, 6)
+    ]
+    changes = [None, None]
+    if with_changes:
+        filled = torch.full((batch, count, groups, size), math.nan, dtype=dtype, device=DEVICE)
+        changes = [laid(filled, data.draw(layouts)) for _ in range(2)]
+    before = [cache.clone() for cache in caches]
+    of_text = torch.arange(end - (length or 0), end, device=DEVICE).expand(batch, -1)
+    written = torch.cat([index.expand(batch, -1).long(), of_text], dim=1)
+    with only_rows(written, *caches), only_rows(index, *changes * with_changes):
+        queries = ras_kernels.qkv_scatter_(
+            *caches, listed, **given, key_changes=changes[0], value_changes=changes[1]
+        )
+    assert (queries[1] is None) == (length is None)
+    for found, name in zip(queries, of):
+        check(found, exact[name][0], same[name][0])
+    for part, (cache, change, old) in enumerate(zip(caches, changes, before), 1):
+        for name, rows in (("", index), ("text_", of_text)):
+            if name in of:
+                found = reference.gather_tokens(cache, rows).flatten(2)
+                check(found, exact[name][part], same[name][part])
+        if with_changes:
+            was = reference.gather_tokens(old, index).flatten(2)
+            found = reference.gather_tokens(change, index).flatten(2)
+            check(found, exact[""][part] - wide(was), same[""][part] - was)

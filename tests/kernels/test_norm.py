@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.operands import (
     COMPUTED,
+    DEVICE,
     LAYER_NORM,
     batches,
     check,
@@ -68,7 +69,8 @@ def test_norm_rotary(dtype, norm, data, batch, count, heads):
 @more
 @given(st.data(), batches, counts, head_sizes, st.booleans())
 def test_norm_rotary_scatter(dtype, norm, data, batch, count, heads, with_changes):
-    index = data.draw(indices(batch, count))
+    listed = data.draw(indices(batch, count) | st.none())
+    index = torch.arange(count, device=DEVICE)[None] if listed is None else listed
     tokens = normal(batch, index.shape[1], *heads, dtype=dtype, seed=1)
     tokens = laid(tokens, data.draw(read))
     how = data.draw(options(norm, tokens))
@@ -76,7 +78,7 @@ def test_norm_rotary_scatter(dtype, norm, data, batch, count, heads, with_change
     changes = laid(torch.full_like(out, math.nan), data.draw(layouts)) if with_changes else None
     old = reference.gather_tokens(out, index)
     with only_rows(index, out, *[changes] * with_changes):
-        result = ras_kernels.norm_rotary_scatter_(out, index, tokens, changes=changes, **how)
+        result = ras_kernels.norm_rotary_scatter_(out, listed, tokens, changes=changes, **how)
     assert result is out
     exact = reference.norm_rotary(wide(tokens), **{name: wide(how[name]) for name in how})
     same = reference.norm_rotary(tokens, **how)

@@ -264,6 +264,16 @@ def right():
             "tokens": x(2, 2, 3),
             **projections,
         },
+        "qkv_scatter_": {
+            "key": x(2, 8, 2, 4),
+            "value": x(2, 8, 2, 4),
+            "index": INDEX,
+            "tokens": x(2, 2, 3),
+            "text": x(2, 2, 3),
+            **{f"{of}weights": [x(12, 3), x(8, 3), x(8, 3)] for of in ("", "text_")},
+            **{f"{of}biases": [x(12), x(8), x(8)] for of in ("", "text_")},
+            **{f"{name}_changes": x(2, 6, 2, 4) for name in ("key", "value")},
+        },
     }
 
 
@@ -414,6 +424,20 @@ def expanded(name, argument):
         ("linear_scatter_", {"value_bias": None}, "key_bias and value_bias"),
         ("linear_scatter_", {"key_changes": None}, "key_changes and value_changes"),
         ("linear_scatter_", {"value_changes": x(2, 6, 8)}, r"value_changes .*\(2, 6, 8\)"),
+        ("qkv_scatter_", {"index": None, "tokens": x(2, 7, 3)}, r"no more .*\(2, 7, 3\)"),
+        ("qkv_scatter_", {"text": x(2, 3, 3)}, r"key_changes .*first rows.*\(2, 6, 2, 4\)"),
+        ("qkv_scatter_", {"text": x(2, 2, 4)}, r"text must be \(2, T, 3\).*\(2, 2, 4\)"),
+        ("qkv_scatter_", {"text": None}, "text is None"),
+        ("qkv_scatter_", {"weights": [x(12, 3), x(9, 3), x(8, 3)]}, r"\bkey_weight .*\(9, 3\)"),
+        ("qkv_scatter_", {"weights": [x(12, 4), x(8, 3), x(8, 3)]}, r"query_weight .*\(12, 4\)"),
+        (
+            "qkv_scatter_",
+            {"text_weights": [x(8, 3)] * 3, "text_biases": [x(8)] * 3},
+            "text_query_weight must have 12",
+        ),
+        ("qkv_scatter_", {"text_weights": [None] * 3}, "text_query_weight .*None"),
+        ("qkv_scatter_", {"biases": [x(12), None, x(8)]}, "query_bias and key_bias and value_bias"),
+        ("qkv_scatter_", {"text_biases": [None] * 3}, "text_biases"),
         *(
             expanded("linear_scatter_", argument)
             for argument in ("key", "value", "key_changes", "value_changes")

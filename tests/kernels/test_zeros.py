@@ -6,13 +6,15 @@ from support.operands import DEVICE, LAYER_NORM, normal
 
 import ras_kernels
 
-SIZES = dict(B=2, N=4, K=2, S=5, H=4, G=2, D=4, C=3)
+SIZES = dict(B=2, N=4, K=2, S=5, H=4, G=2, D=4, C=3, T=1)
 REFUSED = {
     ("gather_tokens", "N"): r"tokens has no rows .*index .*\(B, 0\).*\(2, 0, 3\) and \(2, 2\)",
     ("scatter_tokens_", "N"): r"tokens has no rows .*index .*\(B, 0\)",
     ("update_tokens_", "N"): r"tokens has no rows .*index .*\(B, 0\)",
     ("update_drift_", "N"): r"pace has no rows .*index .*\(B, 0\)",
     ("norm_rotary_scatter_", "N"): r"out has no rows .*index .*\(B, 0\)",
+    ("qkv_scatter_", "N"): "tokens must be no more",
+    ("qkv_scatter_", "S"): "key_changes must be",
     ("linear_scatter_", "N"): r"key has no rows .*index .*\(B, 0\)",
     ("select_regions", "N"): r"N at least 1.*\(2, 0\)",
     ("select_regions", "K"): "num_active .*from 1 to 4.* 0",
@@ -95,6 +97,14 @@ def cases(**zero):
             | dict(key_weight=weight, value_weight=weight)
             | dict(key_bias=every, value_bias=every),
             (batch, tokens, heads, width),
+        ),
+        "qkv_scatter_": (
+            caches
+            | changes
+            | dict(index=None, text=some("BTC"), weights=[weight] * 3, biases=[every] * 3)
+            | dict(key=some("BSHD"), value=some("BSHD", 1))
+            | dict(text_weights=[weight] * 3, text_biases=[every] * 3),
+            (batch, count, heads * width),
         ),
     }
 

@@ -166,6 +166,16 @@ def check(found, exact, same):
 # --- all ops --------------------------------------------------------------------------------------
 
 
+def qkv_scatter(**tensors):
+    """With weights and biases by the names that errors have for them."""
+    layers = {
+        f"{of}{plural}": [tensors.pop(f"{of}{name}_{one}") for name in ("query", "key", "value")]
+        for of in ("", "text_")
+        for plural, one in (("weights", "weight"), ("biases", "bias"))
+    }
+    return ras_kernels.qkv_scatter_(**tensors, **layers)
+
+
 def calls():
     """Each op, with all that it takes: a function of tensors, and the tensors."""
     index = torch.tensor([[2, 0, 1], [1, 2, 0], [0, 1, 2]], dtype=torch.int32, device=DEVICE)
@@ -257,6 +267,24 @@ def calls():
                 value_bias=half(24, seed=6),
                 key_changes=half(*heads, seed=7),
                 value_changes=half(*heads, seed=8),
+            ),
+        ),
+        "qkv_scatter_": (
+            qkv_scatter,
+            dict(
+                key=half(3, 5, 3, 8, seed=1),
+                value=half(3, 5, 3, 8, seed=2),
+                index=index,
+                tokens=half(3, 3, 16),
+                text=half(3, 2, 16, seed=9),
+                key_changes=half(*heads, seed=7),
+                value_changes=half(*heads, seed=8),
+                **{
+                    f"{of}{name}_{part}": half(*shape, seed=3 + seed + len(of))
+                    for of in ("", "text_")
+                    for seed, name in enumerate(("query", "key", "value"))
+                    for part, shape in (("weight", (24, 16)), ("bias", (24,)))
+                },
             ),
         ),
     }

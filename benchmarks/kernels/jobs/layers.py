@@ -67,6 +67,54 @@ def linear_scatter_(s: Shape, device: str) -> Job:
     )
 
 
+def qkv_scatter_(s: Shape, device: str) -> Job:
+    """Queries, keys and values of the active rows, and of the text, in a layer with as many heads.
+
+    Lumina-Next, without text and with fewer heads of keys, would need norms in between.
+    """
+    key, value = (normal(device, s.batch, s.rows, s.groups * s.size) for _ in range(2))
+    index, tokens = active_index(s, device), normal(device, s.batch, s.active, s.width)
+    text = normal(device, s.batch, s.text, s.width)
+    widths = s.width, s.groups * s.size, s.groups * s.size
+    weights, text_weights = (
+        [normal(device, width, s.width) / math.sqrt(s.width) for width in widths] for _ in range(2)
+    )
+    biases, text_biases = ([normal(device, width) for width in widths] for _ in range(2))
+    at = flat_index(index, s.rows)
+
+    def ours() -> Sequence[Tensor]:
+        queries = ras_kernels.qkv_scatter_(
+            key,
+            value,
+            index,
+            tokens,
+            weights=weights,
+            biases=biases,
+            text=text,
+            text_weights=text_weights,
+            text_biases=text_biases,
+        )
+        return *(query for query in queries if query.numel()), key, value
+
+    def each() -> Sequence[Tensor]:
+        query, *image = (F.linear(tokens, *layer) for layer in zip(weights, biases))
+        text_query, *behind = (F.linear(text, *layer) for layer in zip(text_weights, text_biases))
+        for cache, rows, last in zip((key, value), image, behind):
+            cache.flatten(0, 1).index_copy_(0, at, rows.flatten(0, 1))
+            cache[:, s.tokens :].copy_(last)
+        return *(some for some in (query, text_query) if some.numel()), key, value
+
+    rows, behind = key[:, : s.active], key[:, s.tokens :]
+    layers = [*weights, *biases, *text_weights, *text_biases]
+    return Job(
+        [tokens, tokens, text, text, rows, rows, behind, behind, index, *layers],
+        Way(ours),
+        {"six linear, index_copy_, copy_": Way(each)},
+        flops=2 * s.batch * (s.active + s.text) * s.width * sum(widths),
+        written=[key, value],
+    )
+
+
 def _normed(s: Shape, device: str, heads: int) -> tuple[dict, Callable[[Tensor], Tensor]]:
     """The options for `ras_kernels.norm_rotary`, and a function that does the same in PyTorch.
 
@@ -161,4 +209,4 @@ def sparse_attention(s: Shape, device: str) -> Job:
     )
 
 
-JOBS = linear_scatter_, norm_rotary, norm_rotary_scatter_, sparse_attention
+JOBS = linear_scatter_, qkv_scatter_, norm_rotary, norm_rotary_scatter_, sparse_attention
