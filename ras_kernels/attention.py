@@ -15,6 +15,7 @@ from ._plans import Run, launch
 from ._triton import cdiv, jit, next_power_of_2, tl
 
 LOG2_E = math.log2(math.e)
+TWO_BLOCKS = 128  # registers of a thread, with which two blocks of 8 warps fit a multiprocessor
 
 
 def sparse_attention(
@@ -247,12 +248,20 @@ def _attention_kernel(
 
 
 class Tile(NamedTuple):
-    """How the kernel is cut and run."""
+    """How the kernel is cut and run.
+
+    Attributes:
+        queries, keys: Of one block at a time.
+        warps: Of a block.
+        stages: Tiles of keys in shared memory, the next ones to be loaded among them.
+        registers: Of a thread at most, if that is not left to the compiler.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def chunks(head_size: int) -> tuple[int, int]:
@@ -266,20 +275,29 @@ def chunks(head_size: int) -> tuple[int, int]:
     return whole // 2, max(next_power_of_2(head_size - whole // 2), 16)
 
 
-def tile(head_size: int, element_size: int, architecture: int) -> Tile:
-    """The rule of tiles: within 99 KB of shared memory, and no more registers than there are.
+def tile(head_size: int, element_size: int, architecture: int, plain: bool) -> Tile:
+    """The rule of tiles: within the chip's shared memory, and no more registers than there are.
 
+    `plain` are products of what lies in whole 16-byte vectors, with neither a mask nor a negative
+    scale, which take registers: without them Hopper's products wait for each other. Shared memory
+    is 227 KB on Hopper and at least 99 KB on other chips.
     `python -m benchmarks.kernels.compiled` tells what they take up on each chip.
     """
     width = sum(chunks(head_size))
     if element_size > 2:
         return Tile(64, 32, 8, 2) if width <= 96 else Tile(32, 32 if width <= 128 else 16, 8, 2)
+    if architecture == 90 and width <= 256:
+        # The third stage, since the next tile is asked for when this one's products are done.
+        if width <= 64:
+            return Tile(128, 64, 4, 3)  # its matrix units work for warp groups of 4
+        if width <= 96:
+            return Tile(128, 64, 8, 3, TWO_BLOCKS if plain else None)
+        return Tile(128, 64 if width <= 128 else 32, 8, 3)
     if width > 128:
         return Tile(64, 32, 8, 2)
     if width <= 64:
-        # Hopper's matrix units work for warp groups of 4, which share a tile's 128 rows of scores.
-        return Tile(128, 64, 4 if architecture == 90 else 8, 3 if width == 64 else 2)
-    return Tile(128, 64 if 90 <= architecture < 120 or width < 128 else 32, 8, 2)
+        return Tile(128, 64, 8, 3 if width == 64 else 2)
+    return Tile(128, 64 if 100 <= architecture < 120 or width < 128 else 32, 8, 2)
 
 
 def _plan(
@@ -294,13 +312,14 @@ def _plan(
     if not (query.numel() and key.shape[1]):
         return lambda query, *_: torch.zeros_like(query, memory_format=torch.contiguous_format)
     read = query, key, value = _side_by_side(query, key, value)
-    block = tile(size, query.element_size(), _triton.architecture(query.device))
     size1, size2 = chunks(size)
     strides = [stride for t in read for stride in t.stride()[:3]]
     bytes_ = query.element_size()
     sign, factor = _in_log2(size**-0.5 if scale is None else scale)
     starts = [t.data_ptr() // bytes_ for t in read]
     vector = math.gcd(16 // bytes_, *strides, *starts)
+    plain = key_mask is None and sign == 1 and vector * bytes_ == 16
+    block = tile(size, bytes_, _triton.architecture(query.device), plain)
     mask, lengths = (query if t is None else t for t in (key_mask, key_lengths))
     attend = launch(
         _attention_kernel,
@@ -325,6 +344,7 @@ def _plan(
         BLOCK_N=block.keys,
         num_warps=block.warps,
         num_stages=block.stages,
+        **({} if block.registers is None else {"maxnreg": block.registers}),
     )
 
     def run(
