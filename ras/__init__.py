@@ -21,6 +21,7 @@ from .edits import put_back
 from .family import Family
 from .layout import Layout, Rows
 from .log import follow_environment
+from .many import generate
 from .plan import Plan, RunPlan
 from .policy.calibration import calibrate
 from .policy.learning import learn
@@ -48,6 +49,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "generate",
     "is_enabled",
     "learn",
     "pictures",

@@ -21,7 +21,7 @@ from ..files import writable
 from ..pictures.film import SUFFIXES as ANIMATIONS
 from . import edit, generate, info, models
 from .loading import DTYPES, quiet
-from .options import number
+from .options import IMAGES, number
 
 MOST_PIXELS = 2**15  # of a side
 
@@ -75,9 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     making.set_defaults(command=generate.main)
     add = making.add_argument
-    add("prompt", type=_prompt, help="what the image shows")
+    add("prompt", nargs="?", type=_prompt, help="what the image shows")
+    add(
+        "--prompts",
+        type=_file,
+        metavar="FILE",
+        help="draw the prompts of a file instead, into the folder --out: one a line, or JSON lines "
+        "(.jsonl) of a prompt, a seed and arguments of the pipeline",
+    )
     add("--no-compare", action="store_true", help="write the RAS image alone")
-    _add_common(making)
+    _add_common(making, Path)
     add("--plan", metavar="FILE", help="a plan that ras.calibrate has made, instead")
     add(
         "--sample-ratio",
@@ -109,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="what the picture shows that is made without one",
     )
-    _add_common(editing)
+    _add_common(editing, _writable(*IMAGES))
 
     listing = commands.add_parser("models", help="print which models are supported, and how")
     listing.set_defaults(command=models.main)
@@ -119,10 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Add what all commands take that make images."""
+def _add_common(parser: argparse.ArgumentParser, out: Callable[[str], Path]) -> None:
+    """Add what all commands take that make images; `out` takes the file to write."""
     add = parser.add_argument
-    out = _writable(".png", ".jpg", ".jpeg", ".webp")
     add("--out", type=out, default="out.png", metavar="FILE", help="default: %(default)s")
     add(
         "--animate",
@@ -193,10 +199,12 @@ def _device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and device.index is None:  # that of a process of many
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     present = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
     if (device.index or 0) >= present:
         raise argparse.ArgumentTypeError(
-            f"{text} is not available on this machine; use --device {_default_device()}"
+            f"{device} is not available on this machine; use --device {_default_device()}"
         )
     return device
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import ras
 
-from ..files import written_whole
+from ..files import writable, written_whole
+from . import prompts
 from .loading import load
+from .options import IMAGES
 from .runs import Job, RasRun, Run, lines, side_by_side, tell
 
 BUNDLED_CALL: dict[str, Any] = {"guidance_scale": 4.0, "max_sequence_length": 0}
@@ -17,8 +19,14 @@ BUNDLED_CALL: dict[str, Any] = {"guidance_scale": 4.0, "max_sequence_length": 0}
 
 def main(options: argparse.Namespace) -> None:
     """Make the image or images, write the picture and print what was measured."""
+    if (options.prompt is None) == (options.prompts is None):
+        raise ValueError("give a prompt, or a file of them by --prompts FILE")
     plan = None if options.plan is None else ras.Plan.load(options.plan)
     config = ras.RASConfig(options.speedup, plan, options.sample_ratio)
+    if options.prompts is not None:
+        prompts.main(options, config, BUNDLED_CALL)
+        return
+    out = writable(options.out, IMAGES)
     pipe = load(options, ras.bundled_model())
     call = {} if options.model else dict(BUNDLED_CALL)
     for name in ("height", "width", "negative_prompt", "guidance_scale"):
@@ -37,7 +45,7 @@ def main(options: argparse.Namespace) -> None:
         "negative_prompt": options.negative_prompt,
         "model": options.model or "bundled",
         **job.report(dense, sparse),
-        "out": str(options.out),
+        "out": str(out),
         "animation": job.animate(options.animate),
     }
     picture = sparse[0].image
@@ -47,6 +55,6 @@ def main(options: argparse.Namespace) -> None:
             (f"RAS · {report['seconds_ras']:.2f} s", picture),
         ]
         picture = side_by_side(panels, sparse[0], report, [])
-    with written_whole(options.out) as part:
+    with written_whole(out) as part:
         picture.save(part)
     tell(report, lines(report), as_json=options.json)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from ..checks import shown
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def number(
     kind: type[int | float], low: float, high: float = sys.float_info.max

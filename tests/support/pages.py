@@ -105,6 +105,7 @@ def put_stand_ins(monkeypatch, folder):
     mask = Image.new("L", (96, 96))
     mask.paste(255, (0, 0, 32, 32))
     mask.save("mask.png")
+    Path("prompts.txt").write_text("a lighthouse\na ship\n")
     patched = classmethod(from_pretrained)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", patched)
     monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, path, fps=10: path)

@@ -1,0 +1,248 @@
+"""Many prompts: an image of each in a folder, by any number of processes, which may be cut off."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import inspect
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image, PngImagePlugin
+
+from .api import stats
+from .checks import check_count, check_kind, shown
+from .config import RASConfig
+from .denoisers import transformers_of
+from .files import write_text, written_whole
+from .fingerprint import differences, of_call, of_weights, plain
+from .sessions import session_of
+from .stats import Stats
+
+MANIFEST = "manifest.jsonl"
+RECORD = "ras"  # the name of the text in an image that is its line of the manifest
+OURS = {"generator", "num_images_per_prompt", "output_type", "return_dict"}
+TOLD = (  # of a run's statistics
+    "steps_dense",
+    "steps_sparse",
+    "steps_skipped",
+    "calls_computed",
+    "calls_total",
+    "tokens_computed",
+    "tokens_total",
+    "cache_bytes",
+    "speedup_ceiling",
+)
+
+Record = dict[str, Any]
+Prompt = str | Mapping[str, Any]
+
+
+def generate(
+    pipe: DiffusionPipeline,
+    prompts: Iterable[Prompt],
+    out: str | PathLike[str],
+    *,
+    seed: int = 0,
+    **call: Any,
+) -> list[Record]:
+    """Draw an image for each prompt into a folder, this process's share of them.
+
+    Of `WORLD_SIZE` processes, as `torchrun` and `accelerate launch` start them, that of `RANK` r
+    draws prompts r, r + WORLD_SIZE and so on. Prompt 3 is `00003.png`, which is there whole or not
+    at all, with its record in it (`Image.open(file).info["ras"]`). What is there is not drawn
+    again, so that whoever is cut off, in whatever way, starts the same once more. `manifest.jsonl`
+    has the records of all images that are there when a process ends, a line for each.
+
+    Args:
+        pipe: An enabled pipeline that takes a prompt and makes images.
+        prompts: Texts, or mappings of `prompt`, maybe `seed`, and other arguments of the call. All
+            processes are given the same ones.
+        out: The folder, which is made.
+        seed: Prompt i is drawn from noise of the seed `seed + i`, unless it has its own.
+        **call: Arguments of the pipeline's calls.
+
+    Returns:
+        The records of the share, also of what was there: `index`, `prompt`, `seed`, `file`,
+        `started` (UTC), `seconds` of the pipeline's call, `made_with` (the weights, arguments and
+        settings that are not the default ones) and `stats`.
+
+    Raises:
+        TypeError: No pipeline, or a prompt or an argument of a wrong type.
+        ValueError: The pipeline is not enabled, or makes no images; an argument that it does not
+            take; a file that is there of something else. Nothing is drawn before that is known of a
+            list of prompts; of other iterables each is looked at in its turn.
+        OSError: A file cannot be written.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"generate takes a pipeline, got {type(pipe).__name__}")
+    session = session_of(pipe)
+    if session is None:
+        raise ValueError(f"this {type(pipe).__name__} is not enabled; call ras.enable on it first")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | Mapping):
+        raise TypeError(f"prompts must be texts or mappings, got {shown(prompts)}")
+    check_count("seed", seed, 0, 2**63 - 1)
+    rank, world = share()
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if isinstance(prompts, Sequence):
+        for i, prompt in enumerate(prompts):
+            _asked(prompt, i, seed, call, takes)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_with = {
+        "pipeline": type(pipe).__name__,
+        **of_weights(transformers_of(pipe)),
+        "scheduler.class": type(pipe.scheduler).__name__,  # type: ignore[attr-defined]
+        **_unusual(session.config),
+    }
+    total = len(prompts) if isinstance(prompts, Sequence) else None
+    bar = diffusers_logging.tqdm(total=total, unit="image", disable=True if rank else None)
+    records: list[Record] = []
+    count = 0
+    try:
+        with bar, _without_bar(pipe):
+            for i, prompt in enumerate(prompts):
+                count = i + 1
+                if i % world != rank:
+                    continue
+                text, own, more = _asked(prompt, i, seed, call, takes)
+                asked = {"prompt": text, "seed": own, "made_with": {**made_with, **of_call(more)}}
+                records.append(_drawn(pipe, folder, i, json.loads(json.dumps(asked)), more))
+                if not bar.disable:
+                    bar.n = len(_names(folder))  # of all processes
+                    bar.refresh()
+    finally:
+        _write_manifest(folder)
+    if len(_names(folder)) == count:  # nobody is writing any more
+        for part in folder.glob(".*.part.png"):
+            part.unlink(missing_ok=True)
+    return records
+
+
+def share() -> tuple[int, int]:
+    """The rank of this process and how many there are, by the environment."""
+    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    rank, world = (int(text) if text.isdecimal() else -1 for text in told)
+    if not 0 <= rank < world:
+        raise ValueError(
+            "RANK and WORLD_SIZE must be whole numbers, the former below the latter; got "
+            f"{told[0]} and {told[1]}"
+        )
+    return rank, world
+
+
+def _asked(
+    prompt: Any, index: int, seed: int, call: Mapping[str, Any], takes: Mapping[str, Any]
+) -> tuple[str, int, dict[str, Any]]:
+    """The text of a prompt, its seed and the arguments of its call."""
+    name = f"prompt {index}"
+    given = {"prompt": prompt} if isinstance(prompt, str) else prompt
+    check_kind(name, given, Mapping, "a text or a mapping")
+    more = {**call, **given}
+    check_kind(f"{name}'s prompt", more.pop("prompt", None), str, "a text")
+    own = more.pop("seed", seed + index)
+    check_count(f"{name}'s seed", own, 0, 2**63 - 1)
+    any_name = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    for each in more:
+        if each in OURS or (each not in takes and not any_name):
+            what = "is not to be set here" if each in OURS else "is no argument of the pipeline"
+            raise ValueError(f"{name}: {shown(each)} {what}")
+    return given["prompt"], own, more
+
+
+def _drawn(pipe: Any, folder: Path, index: int, asked: Record, call: Mapping[str, Any]) -> Record:
+    """The record of an image that is there, or is drawn now."""
+    path = folder / f"{index:05d}.png"
+    if path.exists():
+        there = _record(path)
+        if there is None:
+            raise ValueError(f"{path} is there and not of ras.generate; name another folder")
+        unlike = differences(_flat(there), _flat(asked))
+        if unlike:
+            raise ValueError(
+                f"{path} is there and drawn otherwise ({'; '.join(unlike)}); name another folder"
+            )
+        return there
+    started, begin = datetime.datetime.now(datetime.timezone.utc), time.perf_counter()
+    generator = torch.Generator().manual_seed(asked["seed"])
+    output = pipe(prompt=asked["prompt"], generator=generator, **call)
+    seconds, images = time.perf_counter() - begin, getattr(output, "images", None)
+    if not images or not isinstance(images[0], Image.Image):
+        raise ValueError(f"{type(pipe).__name__} makes no images, which is what is written")
+    record = {
+        "index": index,
+        "prompt": asked["prompt"],
+        "seed": asked["seed"],
+        "file": path.name,
+        "started": started.isoformat(timespec="milliseconds"),
+        "seconds": round(seconds, 3),
+        "made_with": asked["made_with"],
+        "stats": _told(stats(pipe)),
+    }
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt(RECORD, json.dumps(record))
+    with written_whole(path) as part:
+        images[0].save(part, format="PNG", pnginfo=note)
+    return record
+
+
+def _told(found: Stats) -> Record:
+    return {name: getattr(found, name) for name in TOLD} | {"warnings": list(found.warnings)}
+
+
+def _unusual(config: RASConfig) -> Record:
+    """Settings that are not the default ones."""
+    usual, found = dataclasses.asdict(RASConfig()), dataclasses.asdict(config)
+    return {f"ras.{name}": plain(found[name]) for name in found if found[name] != usual[name]}
+
+
+def _flat(record: Record) -> Record:
+    return {"prompt": record["prompt"], "seed": record["seed"], **record["made_with"]}
+
+
+def _names(folder: Path) -> list[str]:
+    """The images that are there, in order."""
+    found = [each.name for each in os.scandir(folder) if re.fullmatch(r"\d{5,}\.png", each.name)]
+    return sorted(found, key=lambda name: int(name.removesuffix(".png")))
+
+
+def _record(path: Path) -> Record | None:
+    """The record in an image, or None if it has none."""
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info[RECORD])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _write_manifest(folder: Path) -> None:
+    """Write the records of all images, until they are those that are there.
+
+    Another process may meanwhile have finished its last image, and its manifest before this one.
+    """
+    written: list[str] | None = None
+    while (names := _names(folder)) != written:
+        records = filter(None, (_record(folder / name) for name in names))
+        write_text(folder / MANIFEST, "".join(f"{json.dumps(each)}\n" for each in records))
+        written = names
+
+
+@contextmanager
+def _without_bar(pipe: Any) -> Iterator[None]:
+    """Without a pipeline's bar of steps."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = before

@@ -1,0 +1,317 @@
+"""Many prompts: shares of processes, what is there after a kill, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from support.zoo.parts import pil
+
+import ras
+from ras import cli, many
+from ras.cli import prompts as files
+from ras.cli.loading import load
+
+PROMPTS = ["a red ring", "a green star", "a blue square", "a yellow ring", "a red star"]
+CALL = dict(num_inference_steps=2, height=64, width=64, guidance_scale=4.0, max_sequence_length=0)
+OPTIONS = ["--steps=2", "--height=64", "--width=64"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::ras.RASWarning")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    options = SimpleNamespace(model=None, device=torch.device("cpu"), dtype=None)
+    return ras.enable(load(options, ras.bundled_model()))
+
+
+@pytest.fixture
+def calls(pipe, monkeypatch):
+    """The prompts that are drawn, in next to no time."""
+    drawn = []
+
+    def draw(self, prompt, num_inference_steps=28, height=None, guidance_scale=7.0, generator=None):
+        drawn.append((prompt, generator.initial_seed()))
+        return SimpleNamespace(images=[pil()])
+
+    monkeypatch.setattr(type(pipe), "__call__", draw)
+    return drawn
+
+
+def processes(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+def manifest(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- from Python ----------------------------------------------------------------------------------
+
+
+def test_images_are_those_of_the_calls(pipe, tmp_path):
+    """To the pixel, with the record in each, and the pipeline's bar as it was."""
+    pipe.set_progress_bar_config(desc="mine", disable=True)
+    asked = [PROMPTS[0], {"prompt": PROMPTS[1], "seed": 7, "height": 128}]
+    records = ras.generate(pipe, asked, tmp_path / "a/b", seed=3, **CALL)
+    assert pipe._progress_bar_config == {"desc": "mine", "disable": True}
+    assert names(tmp_path / "a/b") == ["00000.png", "00001.png", "manifest.jsonl"]
+    for record, seed, more in zip(records, (3, 7), ({}, {"height": 128})):
+        generator = torch.Generator().manual_seed(seed)
+        expected = pipe(record["prompt"], generator=generator, **{**CALL, **more}).images[0]
+        with Image.open(tmp_path / "a/b" / record["file"]) as image:
+            assert image.tobytes() == expected.tobytes()
+            assert json.loads(image.info["ras"]) == record
+        stats = ras.stats(pipe)
+        assert record["stats"]["steps_dense"] == stats.steps_dense and record["seed"] == seed
+        assert record["stats"]["warnings"] == list(stats.warnings)
+    assert manifest(tmp_path / "a/b") == records
+    assert records[1]["made_with"]["call.height"] == 128 and records[0]["seconds"] > 0
+
+
+def test_each_process_takes_its_share(pipe, calls, tmp_path, monkeypatch):
+    """Of any iterable; what the first one writes of the others is right, too."""
+    for rank in (2, 0, 1):
+        processes(monkeypatch, rank, 3)
+        records = ras.generate(pipe, iter(PROMPTS), tmp_path)
+        assert [record["index"] for record in records] == [*range(rank, 5, 3)]
+    assert sorted(calls, key=lambda each: each[1]) == [(text, i) for i, text in enumerate(PROMPTS)]
+    assert [record["prompt"] for record in manifest(tmp_path)] == PROMPTS
+    processes(monkeypatch, 1, 2)  # another number of processes draws nothing again
+    assert len(ras.generate(pipe, PROMPTS, tmp_path)) == 2 and len(calls) == 5
+    for rank, world in ((2, 2), (-1, 2), ("x", 1)):
+        processes(monkeypatch, rank, world)
+        with pytest.raises(ValueError, match="RANK and WORLD_SIZE"):
+            ras.generate(pipe, PROMPTS, tmp_path)
+
+
+def test_the_bar_is_one_and_counts_all(pipe, calls, tmp_path, monkeypatch):
+    seen = []
+
+    class Bar:
+        def __init__(self, total, unit, disable):
+            self.disable, self.n = bool(disable), 0
+            seen.append([total, self.disable])
+
+        def refresh(self):
+            seen[-1].append(self.n)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(diffusers_logging, "tqdm", Bar)
+    for rank in (1, 0):
+        processes(monkeypatch, rank, 2)
+        ras.generate(pipe, PROMPTS, tmp_path)
+    assert seen == [[5, True], [5, False, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("moment", ["draw", "save", "replace"])
+def test_what_breaks_off_is_drawn_again(pipe, calls, tmp_path, monkeypatch, moment):
+    """Nothing is there half, and nothing of what is there is drawn again."""
+    with monkeypatch.context() as patch:
+        if moment == "draw":
+            patch.setattr(many, "stats", lambda _: 1 / (len(calls) < 3) and ras.stats(pipe))
+        elif moment == "save":
+            save = Image.Image.save
+
+            def half(self, path, *args, **kwargs):
+                if len(calls) > 2:
+                    Path(path).write_bytes(b"half")
+                    raise ZeroDivisionError
+                save(self, path, *args, **kwargs)
+
+            patch.setattr(Image.Image, "save", half)
+        else:
+            replace = Path.replace
+
+            def fail(part, path):
+                1 / (len(calls) < 3 or path.suffix != ".png")
+                replace(part, path)
+
+            patch.setattr(Path, "replace", fail)
+        with pytest.raises(ZeroDivisionError):
+            ras.generate(pipe, PROMPTS, tmp_path)
+    assert names(tmp_path) == ["00000.png", "00001.png", "manifest.jsonl"]
+    assert len(manifest(tmp_path)) == 2
+    (tmp_path / ".0123.part.png").write_bytes(b"of one that was killed")
+    ras.generate(pipe, PROMPTS, tmp_path)
+    assert [text for text, _ in calls] == [*PROMPTS[:3], *PROMPTS[2:]]
+    assert len(manifest(tmp_path)) == 5 and not [*tmp_path.glob(".*")]
+
+
+def test_a_manifest_that_is_overtaken(pipe, calls, tmp_path, monkeypatch):
+    """Another process has finished while one reads what there is: that is in it, too."""
+    ras.generate(pipe, PROMPTS[:2], tmp_path)
+    record, write = many._record, many.write_text
+
+    def late(path, text):
+        write(path, text)
+        monkeypatch.setattr(many, "write_text", write)
+        ras.generate(pipe, PROMPTS, tmp_path)
+        write(path, text)  # the older one, last
+
+    monkeypatch.setattr(many, "write_text", late)
+    ras.generate(pipe, PROMPTS[:2], tmp_path)
+    assert many._record is record and len(manifest(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(
+    "unlike, told",
+    [
+        (dict(prompts=["a blue ring"]), "prompt: 'a red ring' there, 'a blue ring' here"),
+        (dict(seed=1), "seed: 0 there, 1 here"),
+        (dict(num_inference_steps=3), r"call\.num_inference_steps: nothing there, 3 here"),
+        (dict(settings=dict(plan=(1, 0))), r"ras\.plan: nothing there"),
+        (dict(settings=dict(sample_ratio=0.5)), r"ras\.sample_ratio: nothing there, 0\.5 here"),
+    ],
+)
+def test_an_image_of_something_else_is_an_error(pipe, calls, tmp_path, unlike, told):
+    ras.generate(pipe, PROMPTS[:1], tmp_path)
+    before = (tmp_path / "00000.png").read_bytes()
+    prompts, settings = unlike.pop("prompts", PROMPTS[:1]), unlike.pop("settings", {})
+    with pytest.raises(ValueError, match=told), ras.settings(pipe, **settings):
+        ras.generate(pipe, prompts, tmp_path, **unlike)
+    assert (tmp_path / "00000.png").read_bytes() == before and len(calls) == 1
+    pil().save(tmp_path / "00001.png")
+    with pytest.raises(ValueError, match=r"00001.png is there and not of ras\.generate"):
+        ras.generate(pipe, PROMPTS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "prompts, call, error",
+    [
+        ("a ring", {}, "must be texts or mappings"),
+        (7, {}, "must be texts or mappings"),
+        ([7], {}, "prompt 0 must be a text or a mapping"),
+        (["a ring", {"seed": 1}], {}, "prompt 1's prompt must be a text"),
+        ([{"prompt": "a ring", "seed": -1}], {}, "prompt 0's seed must be at least 0"),
+        (["a ring", {"prompt": "a ring", "size": 1}], {}, "'size' is no argument of the pipeline"),
+        (["a ring"], {"generator": None}, "'generator' is not to be set here"),
+        (["a ring"], {"seed": 1.5}, "seed must be a whole number"),
+    ],
+)
+def test_nonsense(pipe, calls, tmp_path, prompts, call, error):
+    """Nothing is drawn, and no folder is made, where a later prompt is wrong."""
+    with pytest.raises((TypeError, ValueError), match=error):
+        ras.generate(pipe, prompts, tmp_path / "out", **call)
+    assert calls == [] and not (tmp_path / "out").exists()
+
+
+def test_pipelines_that_cannot(pipe, tmp_path):
+    with pytest.raises(TypeError, match="takes a pipeline"):
+        ras.generate(pipe.transformer, PROMPTS, tmp_path)
+    ras.disable(pipe)
+    try:
+        with pytest.raises(ValueError, match=r"not enabled; call ras\.enable"):
+            ras.generate(pipe, PROMPTS, tmp_path)
+    finally:
+        ras.enable(pipe)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_files_of_prompts(tmp_path):
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("\ufeffa ring\r\n\n  two stars \n", encoding="utf-8")
+    assert files.read(str(text)) == ["a ring", "two stars"]
+    lines.write_text('{"prompt": "a ring", "seed": 3}\n\n{"prompt": "größer"}', encoding="utf-8")
+    assert files.read(str(lines)) == [{"prompt": "a ring", "seed": 3}, {"prompt": "größer"}]
+    for wrong, told in (
+        (b"\n \n", "has no prompts"),
+        (b"\xff", "no text in UTF-8"),
+        (b'{"prompt": "a"}\n{"prompt"', "line 2 is not JSON"),
+        (b"[" * 100_000, "line 1 is not JSON"),
+        (b'{"seed": 3}', "line 1 must be an object"),
+        (b'"a ring"', "line 1 must be an object"),
+    ):
+        lines.write_bytes(wrong)
+        with pytest.raises(ValueError, match=told):
+            files.read(str(lines))
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["a ring", "--prompts=p.txt", "--out=a"], "a prompt, or a file"),
+        ([], "a prompt, or a file"),
+        (["--prompts=p.txt", "--out=a.png"], "must be a folder"),
+        (["--prompts=p.txt", "--out=p"], "must be a folder"),
+        (["--prompts=p.txt", "--out=a", "--animate=b.gif"], "--animate is of a single prompt"),
+        (["--prompts=none.txt", "--out=a"], "there is no file"),
+        (["--prompts=empty.txt", "--out=a"], "has no prompts"),
+        (["--prompts=p.jsonl", "--out=a"], "'size' is no argument"),
+    ],
+)
+def test_what_the_command_refuses(arguments, told, pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("p.txt", "a ring"), ("p", ""), ("empty.txt", "\n")):
+        Path(name).write_text(text)
+    Path("p.jsonl").write_text('{"prompt": "a", "size": 1}')
+    monkeypatch.setattr(files, "load", lambda *_: pipe)
+    before = names(tmp_path)
+    assert cli.main(["generate", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1 and names(tmp_path) == before
+    ras.enable(pipe)
+
+
+def test_the_device_of_a_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert cli._device("cuda") == torch.device("cuda:2")
+    assert cli._device("cuda:1") == torch.device("cuda:1") and cli._device("cpu").type == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(cli.argparse.ArgumentTypeError, match="cuda:4 is not available"):
+        cli._device("cuda")
+
+
+def test_two_processes_one_of_which_is_killed(tmp_path):
+    """At any moment; started again, all is there, once, and what was there is not touched."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS * 2))
+    command = [sys.executable, "-m", "ras", "generate", "--prompts=p.txt", "--out=out", *OPTIONS]
+
+    def start(rank):
+        told = {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        told["PYTHONPATH"] = str(Path(ras.__file__).parents[1])
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **told}, **pipes)
+
+    out, both = tmp_path / "out", [start(0), start(1)]
+    deadline = time.monotonic() + 900
+    while len([*out.glob("0*.png")]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    both[0].send_signal(signal.SIGKILL)
+    said, errors = both[1].communicate(timeout=900)
+    assert both[1].returncode == 0, errors
+    assert "2 of 2" in said and both[0].wait() == -signal.SIGKILL
+    both[0].communicate()
+    there = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    for path in there:
+        Image.open(path).load()  # it is whole
+    assert 5 <= len(there) == len(manifest(out))
+    again = start(0)
+    said, errors = again.communicate(timeout=900)
+    assert again.returncode == 0 and "images   5" in said, errors
+    assert names(out) == [*(f"{i:05d}.png" for i in range(10)), "manifest.jsonl"]
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    records = manifest(out)
+    assert [(each["index"], each["seed"]) for each in records] == [(i, i) for i in range(10)]
+    assert [each["prompt"] for each in records] == PROMPTS * 2
