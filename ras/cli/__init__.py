@@ -1,4 +1,4 @@
-"""The command line: `ras generate`, `ras edit`, `ras models` and `ras info`."""
+"""The command line: `ras generate`, `ras edit`, `ras demo`, `ras models` and `ras info`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..checks import MOST_STEPS
 from ..config import DEFAULT_SPEEDUP
 from ..files import writable
 from ..pictures.film import SUFFIXES as ANIMATIONS
-from . import edit, generate, info, models
+from . import demo, edit, generate, info, models
 from .loading import DTYPES, quiet
 from .options import IMAGES, number
 
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         help="make an image, dense and with RAS, side by side",
         description="Make an image twice, dense (every token computed in every step) and with "
-        "RAS, and write both beside a map of how often each region was computed.",
+        "RAS, and write both, where they differ, and a map of how often each region was computed.",
     )
     making.set_defaults(command=generate.main)
     add = making.add_argument
@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "edit",
         help="edit a picture by an instruction, dense and with RAS, side by side",
         description="Edit a picture twice, dense and with RAS, which computes what changes, and "
-        "write both beside the picture and a map of how often each region was computed.",
+        "write both beside the picture, with where they differ and a map of how often each region "
+        "was computed.",
     )
     editing.set_defaults(command=edit.main)
     add = editing.add_argument
@@ -117,6 +118,17 @@ def _parser() -> argparse.ArgumentParser:
         help="what the picture shows that is made without one",
     )
     _add_common(editing, _writable(*IMAGES))
+
+    showing = commands.add_parser(
+        "demo",
+        help="serve a page in the browser that draws dense and with RAS",
+        description="Serve a page on this machine that draws a prompt dense and with RAS, and "
+        "shows how often each region was computed. It needs gradio: the extra `demo`.",
+    )
+    showing.set_defaults(command=demo.main)
+    _add_model(showing)
+    port = number(int, 1, 65535)
+    showing.add_argument("--port", type=port, help="default: the first that is free from 7860")
 
     listing = commands.add_parser("models", help="print which models are supported, and how")
     listing.set_defaults(command=models.main)
@@ -136,9 +148,7 @@ def _add_common(parser: argparse.ArgumentParser, out: Callable[[str], Path]) -> 
         metavar="FILE",
         help="an animation to write besides, of what each step computes: a .gif or .webp",
     )
-    add("--model", type=_model, help="a pipeline's folder or hub id; default: the bundled model")
-    add("--device", type=_device, default=_default_device(), help="default: %(default)s")
-    add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
+    _add_model(parser)
     add("--seed", type=number(int, 0, 2**64 - 1), default=0, help="default: %(default)s")
     add("--steps", type=number(int, 1, MOST_STEPS), default=28, help="default: %(default)s")
     add(
@@ -149,6 +159,14 @@ def _add_common(parser: argparse.ArgumentParser, out: Callable[[str], Path]) -> 
     )
     add("--guidance-scale", type=number(float, 0), metavar="SCALE", help="default: the model's")
     add("--json", action="store_true", help="print the figures as JSON")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Add which pipeline to load, and where to."""
+    add = parser.add_argument
+    add("--model", type=_model, help="a pipeline's folder or hub id; default: the bundled model")
+    add("--device", type=_device, default=_default_device(), help="default: %(default)s")
+    add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
 
 
 def _file(text: str) -> str:

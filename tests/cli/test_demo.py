@@ -1,0 +1,93 @@
+"""`ras demo`: the page, asked by gradio's client, and in a browser where there is one."""
+
+import io
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.command import HALF, PROMPT, by_hand, error_line, pixels
+
+from ras import cli
+
+STEPS = 12
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+ALONE = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")
+
+
+@pytest.fixture
+def url(folder, monkeypatch):
+    """Where `ras demo` serves a small pipeline, until the test is done."""
+    gradio = pytest.importorskip("gradio")
+    served, launch = [], gradio.Blocks.launch
+
+    def start(page, **options):
+        served.append(page)
+        launch(page, prevent_thread_lock=True, quiet=True, **options)
+
+    monkeypatch.setattr(gradio.Blocks, "launch", start)
+    assert cli.main(["demo", "--model", str(folder)]) == 0
+    (page,) = served
+    yield page.local_url
+    page.close()
+
+
+def test_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(cli.demo, "load", lambda *_: pytest.fail("loaded a model"))
+    assert cli.main(["demo"]) == 2
+    assert "pip install 'ras-diffusion[demo]'" in error_line(capsys)
+
+
+def test_answers_with_what_a_run_makes(url, folder):
+    client = pytest.importorskip("gradio_client").Client(url, verbose=False)
+    shown = client.predict(PROMPT, 2, STEPS, 3, None, api_name="/draw")
+    size = dict(width=None, height=None, steps=STEPS, seed=3)
+    (dense, _), (sparse, stats) = by_hand(folder, **size), by_hand(folder, HALF, **size)
+    found = [pixels(Image.open(path)) for path in shown[:3]]
+    assert np.array_equal(found[0], pixels(dense)) and np.array_equal(found[1], pixels(sparse))
+    assert np.array_equal(found[2], found[1])  # all regions were computed as often
+    assert f"{stats.steps_dense} steps dense, 0 partial, {stats.steps_skipped} skipped" in shown[3]
+    with pytest.raises(Exception, match="the prompt must not be empty"):
+        client.predict(" ", 2, STEPS, 3, None, api_name="/draw")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_in_a_browser(url):
+    """A brush paints a mask: regions beneath it are computed more often than others."""
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=ALONE)
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        elsewhere = []
+        page.on("request", lambda request: elsewhere.append(request.url))
+        page.goto(url)
+        button = page.get_by_role("button", name="Draw")
+        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("number input for Steps").fill(str(STEPS))
+        button.click()
+        page.get_by_text("dense, 0 partial").wait_for()
+
+        canvas = page.locator("canvas").last.bounding_box()
+        x, y = (canvas[at] + canvas[length] / 2 for at, length in (("x", "width"), ("y", "height")))
+        partial = page.get_by_text(re.compile(r"dense, [1-9]\d* partial"))
+        for _ in range(8):  # the editor hands on what is painted after a while
+            page.mouse.move(x - 10, y)
+            page.mouse.down()
+            page.mouse.move(x + 10, y, steps=5)
+            page.mouse.up()
+            page.wait_for_timeout(1000)
+            button.click()
+            page.wait_for_timeout(2000)
+            if partial.count():
+                break
+        partial.wait_for()
+        sources = [each.get_attribute("src") for each in page.locator("img").all()]
+        shown = [pixels(Image.open(io.BytesIO(page.request.get(s).body()))) for s in sources]
+        browser.close()
+    assert [each for each in elsewhere if not each.startswith((url, "data:", "blob:"))] == []
+    assert len(shown) == 3 and not np.array_equal(shown[0], shown[1])
+    veiled = (shown[2] != shown[1]).any(-1)
+    assert 0.3 < veiled.mean() < 1
