@@ -95,6 +95,7 @@ def enable(
     wanted = asks_for_partial_steps(config, mask)
     for mount in mounts if wanted else ():
         obstacle, change = mount.obstacle(), mount.change_of_rows()
+        spread = mount.obstacle_of_ranks(by_picture=session.goes_by_pictures)
         if not mount.family.regions:
             name = type(mount.transformer if pipe is None else pipe).__name__
             raise ValueError(
@@ -106,6 +107,8 @@ def enable(
                 f"{wanted} asks for partial steps, for which the attention processor {obstacle} "
                 "is not supported; take it out before ras.enable, or ask for speedup= alone"
             )
+        if spread is not None:
+            raise ValueError(f"{wanted} asks for partial steps, of which there are none: {spread}")
         if change is not None:
             raise ValueError(
                 f"{wanted} asks for partial steps, and {change} may want the rows of all tokens; "

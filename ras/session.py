@@ -35,6 +35,7 @@ from .references import references_under
 from .run import Run
 from .slots import StepWatch
 from .stats import Stats, Tally
+from .tokens import compute_dtype, for_batch
 
 MOST_CALLS = 4, 16
 """Calls in a step, of one form and in all: no pipeline's guidance makes more, so that further ones
@@ -112,6 +113,11 @@ class Session:
     def may_be_masked(self) -> bool:
         """Whether a mask is given, or a pipeline's own is watched for."""
         return self.mask is not None or self._watches_mask
+
+    @property
+    def goes_by_pictures(self) -> bool:
+        """Whether plans are made by what a call is given: a mask, or a picture to edit."""
+        return self.may_be_masked or self.config.sample_ratio == EDITED
 
     @contextmanager
     def using(self, config: RASConfig) -> Iterator[None]:
@@ -216,7 +222,7 @@ class Session:
         scheduler = self._follow_scheduler()
         if scheduler is None or not is_set(scheduler):
             return None  # a call outside of any run
-        self._form = form = id(mount), form_of(inputs), mount.family.lengths(inputs)
+        self._form = form = mount.key, form_of(inputs), mount.family.lengths(inputs)
         layout = self._layout(mount, form, inputs, scheduler)
         latents = mount.family.latents_of(inputs)
         batch = 1 if latents is None or not layout.grid else len(latents)
@@ -263,9 +269,10 @@ class Session:
             return run.layouts[form]
         if not family.regions:
             return Layout()
-        obstacle = family.obstacle(mount.transformer, inputs)
+        spread = mount.obstacle_of_ranks(by_picture=self.goes_by_pictures)
+        obstacle = spread or family.obstacle(mount.transformer, inputs)
         layout = Layout() if obstacle else family.layout(mount.transformer, inputs)
-        if not layout.grid and asks_for_partial_steps(self.config, self.mask):
+        if not layout.grid and (spread or asks_for_partial_steps(self.config, self.mask)):
             told = obstacle or "its tokens are not a grid"
             self._warn("layout", f"there are no partial steps in this run: {told}")
         return layout
@@ -349,7 +356,7 @@ class Session:
         regions = run.regions and bool(layout.grid) and self._regions(run, mount)
         rotary = mount.family.rotary(inputs) if regions else None
         latents = mount.family.latents_of(inputs)
-        dtype = _compute_dtype(latents)
+        dtype = compute_dtype(latents)
         ordinal = run.calls[form]
         run.calls[form] += 1
         if (run.planned.dense and not run.follows_edit) or not run.observed:
@@ -388,8 +395,9 @@ class Session:
         if not room:
             self._go_on_by_whole_steps(run)
             return None
+        run.active = mount.agreed(run.active)
         goes_on = known and (begins or branch.rows is not None)
-        branch.rows = _for_batch(run.active, len(latents)) if goes_on else None
+        branch.rows = for_batch(run.active, len(latents)) if goes_on else None
         if branch.skips:
             gain = branch.tokens.gain(run.sigma, extrapolation)
         else:
@@ -617,20 +625,3 @@ def _tell(run: Run, layout: Layout, *, skip: bool, rows: Tensor | None, text_sta
         told += ["no text"] * text_stays
     step = f"step {run.step} of {run.clock.steps} at {run.sigma:.3f}"
     logger.debug("%s: %s", step, ", ".join(told))
-
-
-def _compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:
-    """What a transformer's layers return for its latents."""
-    if latents is None or not isinstance(latents[0], Tensor):
-        return None
-    kind, dtype = latents[0].device.type, latents[0].dtype
-    if dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return dtype
-    return torch.get_autocast_dtype(kind)
-
-
-def _for_batch(active: Tensor | None, batch: int) -> Tensor | None:
-    """The samples' rows for all guidance copies, which pipelines stack copy by copy."""
-    if active is None or batch % len(active):
-        return None
-    return active.repeat(batch // len(active), 1)
