@@ -25,7 +25,7 @@ from .mount import Mount, cache_numbers
 from .others import cache_on
 from .plan import Reuse, RunPlan
 from .policy.planner import plan_run
-from .scope import Settings, asks_for_partial_steps, using
+from .scope import Settings, asks_for_partial_steps, goes_by_pictures, using
 from .session import Session
 from .sessions import mount_of, replaced_by, session_of, sessions_of
 from .stats import Stats
@@ -318,6 +318,7 @@ def _check_partial_steps(settings: Settings, model: object, mounts: Sequence[Mou
     wanted = asks_for_partial_steps(settings)
     for mount in mounts if wanted else ():
         obstacle, change = mount.obstacle(), mount.change_of_rows()
+        spread = mount.obstacle_of_ranks(by_picture=goes_by_pictures(settings, model))
         if not mount.family.regions:
             name = type(model if isinstance(model, PIPELINES) else mount.transformer).__name__
             raise ValueError(
@@ -329,6 +330,8 @@ def _check_partial_steps(settings: Settings, model: object, mounts: Sequence[Mou
                 f"{wanted} asks for partial steps, for which the attention processor {obstacle} "
                 "is not supported; take it out before ras.enable, or ask for speedup= alone"
             )
+        if spread is not None:
+            raise ValueError(f"{wanted} asks for partial steps, of which there are none: {spread}")
         if change is not None:
             raise ValueError(
                 f"{wanted} asks for partial steps, and {change} may want the rows of all tokens; "

@@ -120,7 +120,7 @@ class _Probe:
     def begin_call(self, mount: Mount, inputs: dict[str, Any]) -> Call:
         """Compute all tokens, then all in another order, then the first half of another one."""
         family, branch = self.family, self._branch
-        obstacle = family.obstacle(mount.transformer, inputs)
+        obstacle = mount.obstacle_of_ranks() or family.obstacle(mount.transformer, inputs)
         layout = family.layout(mount.transformer, inputs)
         latents = family.latents_of(inputs)
         if obstacle is not None or not layout.grid or latents is None:
@@ -129,7 +129,7 @@ class _Probe:
         if self._share:
             count = -(-layout.tokens // self._share)
             orders = [torch.randperm(layout.tokens)[:count] for _ in range(batch)]
-            branch.rows = torch.stack(orders).to(first.device, torch.int32)
+            branch.rows = mount.agreed(torch.stack(orders).to(first.device, torch.int32))
         else:
             mount.make_room(branch, batch, layout, first.dtype, first.device, reuse=Reuse.HELD)
         branch.tokens.expect(branch.rows, 1.0, 0.0)

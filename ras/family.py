@@ -65,13 +65,16 @@ class Family:
         lengths: What of a layout is told by values, which calls of one shape may not share.
         rotary: What cached keys were rotated by, to be compared; on the CPU.
         references: Whether some pipelines have tokens that only condition.
+        parallel: Whether there are partial steps in context parallelism: `enter` has the text's
+            rows, too, and attention hands on the `parallel_config`.
         skips: Whether steps can be skipped.
         tested: How partial steps are, if whole runs are not held against the tests' oracle.
         note: What the support table says besides.
 
     Raises:
         TypeError: A field of another kind.
-        ValueError: An empty name of a class, or a token of no pixels.
+        ValueError: An empty name of a class, a token of no pixels, or `parallel` with the text in
+            what leaves.
     """
 
     model: str
@@ -96,6 +99,7 @@ class Family:
     lengths: Callable[[Inputs], Any] = lambda inputs: None
     rotary: Callable[[Inputs], Any] = lambda inputs: None
     references: bool = False
+    parallel: bool = False
     skips: bool = True
     tested: str = ""
     note: str = ""
@@ -105,7 +109,7 @@ class Family:
             check_kind(name, getattr(self, name), str, "text")
         if not self.model:
             raise ValueError("model must be the name of a transformer's class, got ''")
-        for name in ("image_first", "lists", "references", "skips"):
+        for name in ("image_first", "lists", "references", "parallel", "skips"):
             check_kind(name, getattr(self, name), bool, "True or False")
         for name in ("layout", "patch", "obstacle", "usual_text", "lengths", "rotary"):
             check_kind(name, getattr(self, name), Callable, "a function")
@@ -125,6 +129,8 @@ class Family:
         check_kind("whole", self.whole, str | None, "the name of an argument, or None")
         check_kind("processor", self.processor, type | None, "a class, or None")
         check_count("packed", self.packed)
+        if self.parallel and self.leaves is Rows.JOINT:
+            raise ValueError("parallel is for records in which the image leaves without the text")
 
     @property
     def regions(self) -> bool:

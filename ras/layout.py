@@ -104,22 +104,31 @@ def _sizes(name: str, given: Any) -> tuple[int, ...]:
 class Rows(Enum):
     """What has a row per token, and along which dimension."""
 
-    IMAGE = 1, False
+    IMAGE = 1, True, False
     """`(B, n, ...)`, rows of the image's tokens."""
-    JOINT = 1, True
+    JOINT = 1, True, True
     """`(B, n, ...)`, rows of the image's and the text's tokens."""
-    TABLE = 0, False
+    TABLE = 0, True, False
     """`(n, ...)`, rows of the image's tokens, the same for all samples."""
-    JOINT_TABLE = 0, True
+    JOINT_TABLE = 0, True, True
     """`(n, ...)`, rows of the image's and the text's tokens, the same for all samples."""
-    GRID = 2, False
+    GRID = 2, True, False
     """`(B, C, f, h, w)`: from the third dimension on, the tokens' grid."""
+    TEXT = 1, False, True
+    """`(B, T, ...)`, rows of the text's tokens, which only context parallelism splits."""
+    TEXT_TABLE = 0, False, True
+    """`(T, ...)`, rows of the text's tokens, likewise."""
 
     @property
     def dim(self) -> int:
         return self.value[0]
 
     @property
+    def image(self) -> bool:
+        """Whether the image's rows are among them."""
+        return self.value[1]
+
+    @property
     def text(self) -> bool:
         """Whether the text's rows are among them."""
-        return self.value[1]
+        return self.value[2]

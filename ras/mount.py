@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from .branch import Branch, Call
 from .callers import Turn, calling_pipeline
-from .entry import joint_rows, leave, take, take_arguments, take_outputs
+from .entry import among, joint_rows, leave, take, take_arguments, take_outputs
 from .family import Family, matches
 from .layout import Layout, Rows
 from .others import change_of_rows
+from .parallel import Stilled, obstacle, ranks_of
 from .plan import Reuse
-from .site import Walk
+from .site import RASAttnProcessor, Walk
 from .slots import (
     Answer,
     ForwardSlot,
@@ -53,11 +54,12 @@ class Mount:
         self.sessions: list[Session] = []
         self.call: Call | None = None
         self._session: Session | None = None  # that of the call under way
-        self._inputs: dict[str, Any] = {}  # of a partial step under way, all tokens' rows in them
+        self._inputs: dict[str, Any] = {}  # all tokens' of a call that only some of them enter
+        self._stilled: Stilled | None = None  # while its rows are split by us
         self._turn = Turn()
         self._parameters = list(inspect.signature(transformer.forward).parameters)
         self._layers = [
-            ProcessorSlot(attn, rows, family.processor, lambda: self._walk)
+            ProcessorSlot(attn, rows, self._processor, lambda: self._walk)
             for attn, rows in family.attention_layers(transformer)
         ]
         self._hooks = self._entries() if family.regions else []
@@ -153,6 +155,25 @@ class Mount:
             "first, or pickle a copy.deepcopy, which is not enabled"
         )
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells its calls from those of others, and of when it was spread otherwise."""
+        return id(self), id(getattr(self.transformer, "_parallel_config", None))
+
+    def obstacle_of_ranks(self, *, by_picture: bool = False) -> str | None:
+        """Why there are no partial steps, if not, as the model is spread over processes.
+
+        `by_picture` tells of a plan that is made by what a call is given.
+        """
+        layers = self.family.attention_layers(self.transformer)
+        heads = (heads_of_keys(attn)[0] for attn, _ in layers)
+        return obstacle(self.transformer, self.family, heads, by_picture=by_picture)
+
+    def agreed(self, rows: Tensor | None) -> Tensor | None:
+        """The rows to compute, on all ranks the same."""
+        ranks = None if rows is None else ranks_of(self.transformer)
+        return rows if rows is None or ranks is None else ranks.agree(rows)
+
     def obstacle(self) -> str | None:
         """The name of an attention processor that RAS cannot stand in for."""
         return next(filter(None, (layer.obstacle() for layer in self._layers)), None)
@@ -174,6 +195,10 @@ class Mount:
     @property
     def _walk(self) -> Walk | None:
         return None if self.call is None else self.call.walk
+
+    def _processor(self) -> type[RASAttnProcessor] | None:
+        """What takes the place of the layers' processors; None is the seam, which knows ranks."""
+        return self.family.processor if ranks_of(self.transformer) is None else None
 
     def make_room(
         self,
@@ -205,8 +230,11 @@ class Mount:
             return
         for cache in branch.caches:
             cache.reset()
+        ranks = ranks_of(self.transformer)
+        size = 1 if ranks is None else ranks.size
         branch.caches = branch.caches or [
-            layer.new_cache(batch, layout, dtype, device, carries=carries) for layer in self._layers
+            layer.new_cache(batch, layout, dtype, device, carries=carries, ranks=size)
+            for layer in self._layers
         ]
 
     def walk(
@@ -236,7 +264,8 @@ class Mount:
         image, references = rows, None if rows is None or whole else branch.references
         if rows is not None and references is not None:
             image = torch.cat([rows, references + layout.tokens], dim=1)
-        return Walk(
+        image = None if whole else image
+        walk = Walk(
             branch.tokens,
             layout,
             rows,
@@ -246,10 +275,12 @@ class Mount:
             whole,
             reuse_text=reuse_text and bool(family.text),
             image_first=family.image_first,
-            shared=shared or not family.has_tables,
-            image=None if whole else image,
+            shared=shared or not family.has_tables or image is None,
+            image=image,
             joint=None if image is None else joint_rows(image, layout, family.image_first),
         )
+        ranks = ranks_of(self.transformer)
+        return walk if ranks is None else among(ranks, walk)
 
     def sessions_of(self, pipe: Any) -> list[Session]:
         """Those that a pipeline was enabled with, else those of its scheduler."""
@@ -310,18 +341,18 @@ class Mount:
             return None
         for layer, cache in zip(self._layers, call.branch.caches):
             layer.use(cache)
-        if call.walk.active is None:
+        if not call.walk.takes:
             return None
         self._inputs = inputs
-        spots = self.family.enter.get("", {})
-        named = {
-            name: take(inputs[name], rows, call.walk)
-            for name, rows in spots.items()
-            if name in inputs
-        }
-        if call.walk.reuse_text:
+        if call.walk.share is not None:
+            self._stilled = Stilled(self.transformer)
+        named: dict[str, Any] = {}
+        if call.walk.reuse_text and call.walk.active is not None:
             left = self.family.text.items()
-            named |= {name: _none_of(inputs[name], dim) for name, dim in left if name in inputs}
+            named = {name: _none_of(inputs[name], dim) for name, dim in left if name in inputs}
+        given = {**inputs, **named}
+        spots = self.family.enter.get("", {}).items()
+        named |= {name: take(given[name], rows, call.walk) for name, rows in spots if name in given}
         return ((), {**inputs, **named}) if named else None
 
     def answer(self) -> Answer | None:
@@ -342,6 +373,9 @@ class Mount:
             self._turn.give()
 
     def _end_call(self, output: Any) -> Any:
+        if self._stilled is not None:
+            self._stilled.back()
+            self._stilled = None
         call, self.call = self.call, None
         session, self._session = self._session, None
         inputs, self._inputs = self._inputs, {}
@@ -357,7 +391,7 @@ class Mount:
         self._forward.after_call()
         if missed and session is not None:
             session.attention_missed(again=bool(inputs))
-            # What came out of a partial step is of some tokens alone; this one computes all.
+            # What came out is of some tokens alone; this one computes all.
             return self.transformer(**inputs) if inputs else None
         if call is not None:
             call.end(output)
@@ -382,7 +416,7 @@ class Mount:
     ) -> Any:
         """Let the active tokens alone go into a submodule."""
         walk = self._walk
-        if walk is None or walk.active is None:
+        if walk is None or not walk.takes:
             return None
         return take_arguments(spots, positions, args, kwargs, walk)
 
@@ -395,7 +429,7 @@ class Mount:
     ) -> Any:
         """Let the active tokens alone go on from a submodule."""
         walk = self._walk
-        if walk is None or walk.active is None:
+        if walk is None or not walk.takes:
             return output
         return take_outputs(spots, output, walk)
 
@@ -422,7 +456,8 @@ def cache_numbers(transformer: Any, family: Family, layout: Layout) -> tuple[int
         tokens = layout.sequence if rows is Rows.JOINT else layout.image
         size = 2 * math.prod(heads_of_keys(attn))
         kept, changes = kept + tokens * size, changes + layout.image * size
-    return kept, changes
+    ranks = ranks_of(transformer)
+    return (kept, changes) if ranks is None else (kept // ranks.size, changes // ranks.size)
 
 
 @torch.compiler.disable

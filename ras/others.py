@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from .parallel import splits_rows
+
 HARMLESS = {  # hooks of diffusers that move and cast weights
     "group_offloading",
     "layer_execution_tracker",
@@ -34,7 +36,7 @@ def cache_on(transformer: nn.Module) -> str | None:
     for path, module in transformer.named_modules():
         registry = vars(module).get("_diffusers_hook")
         for name, hook in ({} if registry is None else registry.hooks).items():
-            if name not in HARMLESS:
+            if name not in HARMLESS and not splits_rows(name, transformer):
                 return f"{type(hook).__name__} of diffusers{_at(path)}"
     return _foreign_forward(transformer, transformer)
 

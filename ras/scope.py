@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .config import RASConfig
+from .config import EDITED, RASConfig
 from .plan import DENSE, SKIP
 
 
@@ -34,6 +34,17 @@ def asks_for_partial_steps(settings: Settings) -> str | None:
         return "sample_ratio="
     shares = () if config.plan is None else config.plan.shares
     return "plan=" if any(SKIP < share < DENSE for share in shares) else None
+
+
+def may_be_masked(settings: Settings, pipe: object) -> bool:
+    """Whether a mask is given, or a pipeline's own is watched for."""
+    mask = settings.mask
+    return mask is not False and (mask is not None or hasattr(pipe, "prepare_mask_latents"))
+
+
+def goes_by_pictures(settings: Settings, pipe: object) -> bool:
+    """Whether plans are made by what a call is given: a mask, or a picture to edit."""
+    return may_be_masked(settings, pipe) or settings.config.sample_ratio == EDITED
 
 
 _BLOCKS: ContextVar[tuple[tuple[object, Settings], ...]] = ContextVar("ras.settings", default=())

@@ -33,10 +33,16 @@ from .policy.planner import FEW, plan_run, without_partial_steps
 from .policy.selection import Selection
 from .references import references_under
 from .run import Run
-from .scope import Settings, asks_for_partial_steps, in_block
+from .scope import (
+    Settings,
+    asks_for_partial_steps,
+    goes_by_pictures,
+    in_block,
+    may_be_masked,
+)
 from .slots import StepWatch
 from .stats import Stats, Tally
-from .tokens import compute_dtype
+from .tokens import compute_dtype, for_batch
 
 MOST_CALLS = 4, 16
 """Calls in a step, of one form and in all: no pipeline's guidance makes more, so that further ones
@@ -120,8 +126,12 @@ class Session:
     @property
     def may_be_masked(self) -> bool:
         """Whether a mask is given, or a pipeline's own is watched for."""
-        mask = self.settings.mask
-        return mask is not False and (mask is not None or self._mask_watch is not None)
+        return may_be_masked(self.settings, self.pipeline)
+
+    @property
+    def goes_by_pictures(self) -> bool:
+        """Whether plans are made by what a call is given: a mask, or a picture to edit."""
+        return goes_by_pictures(self.settings, self.pipeline)
 
     def _follow_scheduler(self) -> Any:
         """Watch the scheduler in use, and return it."""
@@ -216,7 +226,7 @@ class Session:
         scheduler = self._follow_scheduler()
         if scheduler is None or not is_set(scheduler):
             return None  # a call outside of any run
-        self._form = form = id(mount), form_of(inputs), mount.family.lengths(inputs)
+        self._form = form = mount.key, form_of(inputs), mount.family.lengths(inputs)
         layout = self._layout(mount, form, inputs, scheduler)
         latents = mount.family.latents_of(inputs)
         batch = 1 if latents is None or not layout.grid else len(latents)
@@ -269,9 +279,10 @@ class Session:
             return run.layouts[form]
         if not family.regions:
             return Layout()
-        obstacle = family.obstacle(mount.transformer, inputs)
+        spread = mount.obstacle_of_ranks(by_picture=self.goes_by_pictures)
+        obstacle = spread or family.obstacle(mount.transformer, inputs)
         layout = Layout() if obstacle else family.layout(mount.transformer, inputs)
-        if not layout.grid and asks_for_partial_steps(self.settings):
+        if not layout.grid and (spread or asks_for_partial_steps(self.settings)):
             told = obstacle or "its tokens are not a grid"
             self._warn("layout", f"there are no partial steps in this run: {told}")
         return layout
@@ -399,8 +410,9 @@ class Session:
         if not room:
             self._go_on_by_whole_steps(run)
             return None
+        run.active = mount.agreed(run.active)
         goes_on = known and (begins or branch.rows is not None)
-        branch.rows = _for_batch(run.active, len(latents)) if goes_on else None
+        branch.rows = for_batch(run.active, len(latents)) if goes_on else None
         if branch.skips:
             gain = branch.tokens.gain(run.sigma, extrapolation)
         else:
@@ -621,10 +633,3 @@ def _tell(run: Run, layout: Layout, *, skip: bool, rows: Tensor | None, text_sta
         told += ["no text"] * text_stays
     step = f"step {run.step} of {run.clock.steps} at {run.sigma:.3f}"
     logger.debug("%s: %s", step, ", ".join(told))
-
-
-def _for_batch(active: Tensor | None, batch: int) -> Tensor | None:
-    """The samples' rows for all guidance copies, which pipelines stack copy by copy."""
-    if active is None or batch % len(active):
-        return None
-    return active.repeat(batch // len(active), 1)

@@ -14,8 +14,9 @@ import ras_kernels
 
 from .layout import Layout
 from .output import HeldTokens
+from .parallel import Share
 from .projections import JointProjection, KeyValue, Projected, Projection
-from .tokens import room
+from .tokens import room, there
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Walk:
         shared: Whether the rows of all samples are the same.
         image: `(B, k + r)` the rows that walk of noise and references, or None where all do.
         joint: `(B, T + k + r)` those of the model's joint sequence, its text's included.
+        share: What of these is this rank's in context parallelism; None where all of it is.
     """
 
     held: HeldTokens
@@ -54,11 +56,17 @@ class Walk:
     shared: bool = True
     image: Tensor | None = None
     joint: Tensor | None = None
+    share: Share | None = None
 
     @property
     def active(self) -> Tensor | None:
         """The rows that walk through the blocks, or None for all."""
         return None if self.whole else self.rows
+
+    @property
+    def takes(self) -> bool:
+        """Whether not all rows enter here: some stay behind, or are of other ranks."""
+        return self.active is not None or self.share is not None
 
 
 class KVCache:
@@ -126,11 +134,11 @@ class KVCache:
                 there are any.
         """
         key, value = self._kept
-        tokens = self._noise_tokens
-        image.put(_rows((key, value), 0, tokens), _rows(self._changes, 0, tokens), walk.active)
+        tokens, active = self._noise_tokens, there(walk.active, key)
+        image.put(_rows((key, value), 0, tokens), _rows(self._changes, 0, tokens), active)
         if references is not None:
             span = tokens, tokens + walk.layout.references
-            index = None if walk.active is None else walk.references
+            index = None if active is None else there(walk.references, key)
             references.put(_rows((key, value), *span), _rows(self._changes, *span), index)
         if text is not None:
             start = tokens + walk.layout.references
@@ -145,14 +153,16 @@ class KVCache:
         Returns:
             The queries, of the image and of the text, and the keys and values of all tokens.
         """
-        queries = projection.put(self._kept, self._changes, walk.active)
+        active = there(walk.active, self._kept[0])
+        queries = projection.put(self._kept, self._changes, active)
         return *queries, *self._carried_on(walk)
 
     def _carried_on(self, walk: Walk) -> KeyValue:
         key, value = self._kept
         if walk.kv_gain is None or self._changes is None:
             return key, value
-        return ras_kernels.carry_keys_and_values(key, value, *self._changes, walk.kv_gain)
+        gain = walk.kv_gain.to(key.device)
+        return ras_kernels.carry_keys_and_values(key, value, *self._changes, gain)
 
     def forget_changes(self) -> None:
         """Hold keys and values as they are from now on."""
@@ -209,9 +219,43 @@ class Site:
         if walk.active is not None and walk.reuse_text:
             text = 0
         image = walk.layout.image if walk.image is None else walk.image.shape[1]
-        if not query.shape[dim] == key.shape[dim] == text + image:
+        share, here = walk.share, text + image
+        if share is not None:
+            here = share.own(text) + share.own(image)
+        if not query.shape[dim] == key.shape[dim] == here:
             return inner(query, key, value, *args, **kw)
         self.reached = True
+        if share is None:
+            return self._attend(inner, dim, text, query, key, value, *args, **kw)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            rest = (mask, *args[1:]) if args else ()
+            more = {**kw, **{name: None for name in ("parallel_config",) if name in kw}}
+            more |= {} if args else {"attn_mask": mask}
+            parts = (part.transpose(1, dim) for part in (query, key, value))
+            return self._attend(inner, dim, text, *parts, *rest, **more).transpose(1, dim)
+
+        mask = args[0] if args else kw.get("attn_mask")
+        first = walk.image_first
+        parts = (part.transpose(1, dim) for part in (query, key, value))
+        output = share.attend(attend, parts, mask, text, image, image_first=first)
+        return output.transpose(1, dim)
+
+    def _attend(
+        self,
+        inner: Any,
+        dim: int,
+        text: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kw: Any,
+    ) -> Tensor:
+        """`attend` with all rows that walk, `text` of them the text's."""
+        walk, cache = self.walk(), self.cache
+        assert walk is not None and cache is not None
+        joint = cache.length > walk.layout.image
         kept = _update(walk, cache, dim, (key, value), text)
         mask = args[0] if args else kw.get("attn_mask")
         if walk.active is None:
@@ -301,7 +345,7 @@ def _of_queries(mask: Tensor, walk: Walk, joint: bool, text: int) -> Tensor:
         start = 0 if walk.image_first else walk.layout.text
         assert walk.image is not None
         rows = walk.image + start
-    index = rows.long()[:, None, :, None]
+    index = rows.to(mask.device).long()[:, None, :, None]
     mask = mask.expand(len(rows), *mask.shape[1:])
     return mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
 

@@ -59,30 +59,29 @@ class ProcessorSlot:
         self,
         attn: Any,
         rows: Rows,
-        kind: type[RASAttnProcessor] | None,
+        kind: Callable[[], type[RASAttnProcessor] | None],
         walk: Callable[[], Walk | None],
     ) -> None:
-        """`rows` are those of the layer's keys; `kind` is the processor's class, None the seam."""
+        """`rows` are of the layer's keys; `kind` tells the processor's class, None the seam."""
         self._attn, self._rows, self._kind = attn, rows, kind
         self._site = Site(walk)
         self._ours: Any = None
+        self._made_by: type[RASAttnProcessor] | None = None
 
     def obstacle(self) -> str | None:
         """The name of a processor that does what ours does not."""
-        original = _original(self._attn.processor)
-        if self._kind is None:
-            fits = can_redirect(original)
-        else:
-            fits = type(original) in self._kind.replaces
+        original, kind = _original(self._attn.processor), self._kind()
+        fits = can_redirect(original) if kind is None else type(original) in kind.replaces
         return None if fits else type(original).__name__
 
     def put_in_place(self) -> bool:
         """Return whether there was anything to do."""
-        if self._ours is not None and self._attn.processor is self._ours:
+        kind = self._kind()
+        ours = self._ours is not None and self._attn.processor is self._ours
+        if ours and self._made_by is kind:
             return False
-        original = _original(self._attn.processor)
-        make = redirect if self._kind is None else self._kind
-        self._ours = make(original, self._site)
+        self._made_by = kind
+        self._ours = (kind or redirect)(_original(self._attn.processor), self._site)
         self._attn.set_processor(self._ours)
         return True
 
@@ -91,12 +90,24 @@ class ProcessorSlot:
             self._attn.set_processor(_original(self._attn.processor))
 
     def new_cache(
-        self, batch: int, layout: Layout, dtype: torch.dtype, device: torch.device, *, carries: bool
+        self,
+        batch: int,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        carries: bool,
+        ranks: int = 1,
     ) -> KVCache:
-        """Room for the layer's keys and values of all tokens."""
+        """Room for the layer's keys and values of all tokens, where it computes.
+
+        `device` is where it does if nobody says so, and `ranks` share its heads.
+        """
         heads, size = heads_of_keys(self._attn)
+        heads //= ranks
         text = layout.text if self._rows is Rows.JOINT else 0
         shape = batch, layout.tokens, heads, size
+        device = device_of(self._attn, device)
         return KVCache(shape, layout.references, text, dtype, device, carries=carries)
 
     def use(self, cache: KVCache | None) -> None:
@@ -106,7 +117,13 @@ class ProcessorSlot:
     @property
     def reached(self) -> bool:
         """Whether attention came by since `use`; a processor of ours is sure to."""
-        return self._site.reached or self._kind is not None
+        return self._site.reached or self._made_by is not None
+
+
+def device_of(layer: nn.Module, otherwise: torch.device) -> torch.device:
+    """Where a layer computes, as the hooks of a `device_map` say."""
+    found = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return otherwise if found is None else torch.device(found)
 
 
 def heads_of_keys(attn: Any) -> tuple[int, int]:

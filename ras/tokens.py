@@ -21,6 +21,11 @@ def write(kept: Tensor, rows: Tensor | None, new: Tensor) -> None:
         ras_kernels.scatter_tokens_(kept, rows, new)
 
 
+def there(rows: Tensor | None, beside: Tensor) -> Tensor | None:
+    """Rows on the device of a tensor: with a `device_map`, layers are on devices of their own."""
+    return None if rows is None else rows.to(beside.device)
+
+
 def normal_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor that may be written to both inside and outside inference mode."""
     with torch.inference_mode(False):
@@ -44,3 +49,10 @@ def compute_dtype(latents: Tensor | list[Tensor] | None) -> torch.dtype | None:
     if dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return dtype
     return torch.get_autocast_dtype(kind)
+
+
+def for_batch(active: Tensor | None, batch: int) -> Tensor | None:
+    """The samples' rows for all guidance copies, which pipelines stack copy by copy."""
+    if active is None or batch % len(active):
+        return None
+    return active.repeat(batch // len(active), 1)

@@ -32,6 +32,7 @@ def support() -> list[dict[str, str]]:
             "pipelines": ", ".join(family.pipelines),
             "skipped steps": "yes" if family.skips else "no",
             "partial steps": "yes" if family.regions else "no",
+            "context parallelism": _of_ranks(family),
             "references": _of_references(family),
             "masks": "yes" if family.regions else "no",
             "result": "approximate" if family.skips else "exact",
@@ -40,6 +41,10 @@ def support() -> list[dict[str, str]]:
         }
         for family in FAMILIES
     ]
+
+
+def _of_ranks(family: Family) -> str:
+    return "partial steps" if family.parallel else "whole steps"
 
 
 def _of_references(family: Family) -> str:

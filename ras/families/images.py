@@ -20,7 +20,7 @@ from ..family import (
 from ..layout import Layout, Rows
 from ..processors import LuminaAttnProcessor, SD3AttnProcessor
 
-IMAGE, JOINT, TABLE, JOINT_TABLE, GRID = Rows
+IMAGE, JOINT, TABLE, JOINT_TABLE, GRID, TEXT, TEXT_TABLE = Rows
 
 
 def _z_image_layout(transformer: Any, inputs: Inputs) -> Layout:
@@ -110,13 +110,17 @@ RECORDS: tuple[Family, ...] = (
         ("StableDiffusion3", "StableDiffusion3ControlNet", "StableDiffusion3Inpaint"),
         blocks=("transformer_blocks",),
         attention={"transformer_blocks.*.attn": JOINT, "transformer_blocks.*.attn2": IMAGE},
-        enter={"": {"block_controlnet_hidden_states": IMAGE}, "pos_embed": {None: IMAGE}},
+        enter={
+            "": {"block_controlnet_hidden_states": IMAGE, "encoder_hidden_states": TEXT},
+            "pos_embed": {None: IMAGE},
+        },
         leave="proj_out",
         image_first=True,
         layout=patched("encoder_hidden_states"),
         output=IMAGES,
         text={"encoder_hidden_states": 1},
         processor=SD3AttnProcessor,
+        parallel=True,
         whole="skip_layers",
         usual_text=_sd3_text,
     ),

@@ -14,7 +14,7 @@ from ..family import (
 )
 from ..layout import Layout, Rows
 
-IMAGE, JOINT, TABLE, JOINT_TABLE, GRID = Rows
+IMAGE, JOINT, TABLE, JOINT_TABLE, GRID, TEXT, TEXT_TABLE = Rows
 
 
 def _qwen_layout(transformer: Any, inputs: Inputs) -> Layout:
@@ -52,7 +52,7 @@ RECORDS: tuple[Family, ...] = (
         ),
         attention=BOTH_LISTS,
         enter={
-            "": {"hidden_states": IMAGE, **FLUX_RESIDUALS},
+            "": {"hidden_states": IMAGE, "encoder_hidden_states": TEXT, **FLUX_RESIDUALS},
             "pos_embed": {0: JOINT_TABLE, 1: JOINT_TABLE},
         },
         leave="proj_out",
@@ -60,6 +60,7 @@ RECORDS: tuple[Family, ...] = (
         packed=2,
         text={"encoder_hidden_states": 1, "txt_ids": 0},
         references=True,
+        parallel=True,
     ),
     Family(
         "Flux2Transformer2DModel",
@@ -104,14 +105,16 @@ RECORDS: tuple[Family, ...] = (
         attention={"transformer_blocks.*.attn": JOINT},
         enter={
             "": {"hidden_states": IMAGE, "controlnet_block_samples": IMAGE},
-            "pos_embed": {0: TABLE},
-            "transformer_blocks.*": {"modulate_index": IMAGE},
+            "pos_embed": {0: TABLE, 1: TEXT_TABLE},
+            "transformer_blocks.0": {"encoder_hidden_states": TEXT},
+            "transformer_blocks.*": {"modulate_index": IMAGE, "encoder_hidden_states_mask": TEXT},
         },
         leave="proj_out",
         layout=_qwen_layout,
         packed=2,
         text={"encoder_hidden_states": 1, "encoder_hidden_states_mask": 1},
         references=True,
+        parallel=True,
     ),
     Family(
         "Krea2Transformer2DModel",

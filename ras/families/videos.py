@@ -16,7 +16,7 @@ from ..family import (
 )
 from ..layout import Layout, Rows
 
-IMAGE, JOINT, TABLE, JOINT_TABLE, GRID = Rows
+IMAGE, JOINT, TABLE, JOINT_TABLE, GRID, TEXT, TEXT_TABLE = Rows
 
 
 def _cosmos_obstacle(transformer: Any, inputs: Inputs) -> str | None:
@@ -54,6 +54,7 @@ RECORDS: tuple[Family, ...] = (
         leave="proj_out",
         layout=patched(),
         output=VIDEOS,
+        parallel=True,
         note="one or two transformers",
     ),
     Family(
