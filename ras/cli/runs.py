@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageChops
@@ -181,7 +182,7 @@ def side_by_side(
     These two are the dense image and that with RAS; the map is of how often each was computed.
     """
     dense, image = (each.convert("RGB") for _, each in panels[-2:])
-    most = max(high for _, high in ImageChops.difference(dense, image).getextrema())
+    most = int(np.asarray(ImageChops.difference(dense, image)).max())
     counts = sparse.stats.region_counts
     if counts is None:  # nobody says where the tokens are: the image as a whole
         counts = torch.full((1, 1, 1), report["steps_dense"])
