@@ -101,12 +101,20 @@ def on_and_off(name="flux"):
     assert torch.equal(call(), dense)
 
 
+def splits_of(pipe):
+    """What diffusers' hooks of context parallelism split and gather."""
+    registries = (vars(part).get("_diffusers_hook") for part in pipe.transformer.modules())
+    hooks = (hook for each in registries if each is not None for hook in each.hooks.values())
+    return [hook.metadata for hook in hooks]
+
+
 def interrupted(name="flux"):
     """Diffusers' hooks are back where a partial step is broken off."""
     pipe, call = build(name)
     plain = call()
     ranks = yield
     spread(pipe, ranks)
+    splits = splits_of(pipe)
     ras.enable(pipe, plan=(1, 0.5) * 4)
     calls = []
 
@@ -121,6 +129,7 @@ def interrupted(name="flux"):
         raise AssertionError("it was not interrupted")
     except KeyboardInterrupt:
         handle.remove()
+    assert splits_of(pipe) == splits and all(splits)
     ras.disable(pipe)
     assert relative_error(call(), plain) <= 1e-5
 
