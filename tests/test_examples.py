@@ -12,7 +12,8 @@ from support.pages import ROOT, put_stand_ins
 
 import ras
 
-SCRIPTS = sorted(ROOT.glob("examples/*.py"))
+RAY = ROOT / "examples/ray_data.py"
+SCRIPTS = sorted({*ROOT.glob("examples/*.py")} - {RAY})
 NOTEBOOK, STEPS = ROOT / "examples/regions.ipynb", 12
 REPLACED = {
     "STEPS = 28\n": f"STEPS = {STEPS}\n",
@@ -36,6 +37,20 @@ def test_script(script, monkeypatch, tmp_path, capsys):
     assert told and [name for name in told if not (tmp_path / name).exists()] == []
     for picture in tmp_path.glob("*.[pg][ni][gf]"):
         assert min(Image.open(picture).size) > 8
+
+
+def test_ray(monkeypatch, tmp_path, capsys):
+    """On a local Ray, with the bundled model; what installs `ras` does not bring Ray."""
+    assert RAY.read_text().count("\n") < 40
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of its actors
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(RAY)
+    lines = capsys.readouterr().out.splitlines()
+    for i, colour in enumerate(("red", "green", "blue", "yellow")):
+        (line,) = [line for line in lines if line.startswith(f"{i}.png a {colour} ring")]
+        assert float(line.split()[-1].removesuffix("x")) > 1.8
+        assert min(Image.open(f"{i}.png").size) > 8
 
 
 def test_every_one_is_told_of():
