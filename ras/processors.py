@@ -71,7 +71,7 @@ class SD3AttnProcessor(RASAttnProcessor):
             return image_output
         if attn.context_pre_only:  # nobody reads the text after the last block
             return image_output, None
-        return image_output, attn.to_add_out(output[:, tokens:].flatten(2))
+        return image_output, attn.to_add_out(_side_by_side(output[:, tokens:]))
 
     def _project(
         self, attn: Attention, image: Tensor, text: Tensor | None, walk: Walk, cache: KVCache
@@ -134,7 +134,15 @@ def _split(attn: Attention, projected: Tensor) -> tuple[Tensor, Projected]:
 
 def _out(attn: Attention, output: Tensor) -> Tensor:
     projection, dropout = attn.to_out
-    return dropout(projection(output.flatten(2)))
+    return dropout(projection(_side_by_side(output)))
+
+
+def _side_by_side(output: Tensor) -> Tensor:
+    """Heads of some rows as channels, `(B, n, H * D)`, which a layer's bias goes into at once.
+
+    Of rows that lie apart PyTorch makes a copy all the same, and adds the bias by itself.
+    """
+    return output.flatten(2).contiguous()
 
 
 class LuminaAttnProcessor(RASAttnProcessor):
