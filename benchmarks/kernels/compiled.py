@@ -12,7 +12,10 @@ with the limits in `chips`. Prints a table and what is wrong, if anything:
 - spills with 16-bit numbers, unless `SPILLS` says why;
 - a kernel with a dot of 16-bit floats and without tensor cores, or without wgmma on sm_90 in tiles
   of at least 64 rows;
-- a kernel that copies rows of whole 16-byte vectors, and not by 128 bits at a time.
+- a kernel that copies rows of whole 16-byte vectors, and not by 128 bits at a time;
+- on sm_90 what `sass.hazards` looks for in products of 16-bit floats in whole 16-byte vectors: that
+  they wait for each other, or for copies just asked for, or that shared memory is written before
+  all are done with it.
 
 Then the exit status is 1. All of it takes an hour and a half of one core; `TRITON_CACHE_DIR` keeps
 what is done.
@@ -39,7 +42,7 @@ from triton.backends.compiler import GPUTarget
 
 from ..commands import as_command
 from ..tables import cells
-from . import variants
+from . import sass, variants
 from .chips import CHIPS, Chip, occupancy
 from .variants import Launch
 
@@ -65,11 +68,15 @@ class Spill(NamedTuple):
 
 BEFORE = "stored and loaded outside the loops over the keys"
 TWO_BLOCKS = f"ptxas keeps to 128 registers, so that two blocks fit; {BEFORE}"
+IN_LOOP = "in 128 registers two blocks fit; at most two loads and a store in a loop of 380 others"
 ONCE = "one number, in a kernel without loops"
 SPILLS = (
     Spill("_attention_kernel", "sm_80", (24,), 16, TWO_BLOCKS, "mask"),
     Spill("_attention_kernel", "sm_80", (88, 96), 8, BEFORE),
     Spill("_attention_kernel", "sm_90", (64,), 24, BEFORE, "odd strides"),
+    Spill("_attention_kernel", "sm_90", (72,), 72, TWO_BLOCKS),
+    Spill("_attention_kernel", "sm_90", (88, 96), 120, IN_LOOP),
+    Spill("_attention_kernel", "sm_90", (64,), 24, BEFORE, "negative scale"),
     Spill("_attention_kernel", "sm_100", (40, 72, 80, 88, 96), 16, TWO_BLOCKS),
     Spill("_attention_kernel", "sm_100", (256,), 16, TWO_BLOCKS, "mask"),
     Spill("_attention_kernel", "gfx942", (88, 96), 16, BEFORE, "mask"),
@@ -91,6 +98,7 @@ class Usage(NamedTuple):
         grouped: Those of them that a whole warp group or block issues: wgmma and tcgen05.
         loads, wide_loads, stores, wide_stores: From and to global memory, of any width and of at
             least 128 bits, the asynchronous ones included.
+        hazards: See `sass.hazards`.
     """
 
     registers: int
@@ -104,6 +112,7 @@ class Usage(NamedTuple):
     wide_loads: int
     stores: int
     wide_stores: int
+    hazards: tuple[str, ...] = ()
 
 
 class Row(NamedTuple):
@@ -151,7 +160,7 @@ def usage(launch: Launch, chip: Chip) -> Usage:
     return Usage(shared=shared, occupancy=share, dots=dots, **found)
 
 
-def _nvidia(cubin: bytes) -> dict[str, int]:
+def _nvidia(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -167,6 +176,7 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
         "wide_loads": _count(r"\b(?:LDG|LDGSTS)\.[\w.]*\b(?:128|256)\b", code),
         "stores": _count(r"\bSTG\b", code),
         "wide_stores": _count(r"\bSTG\.[\w.]*\b(?:128|256)\b", code),
+        "hazards": tuple(sass.hazards(sass.instructions(code))),
     }
 
 
@@ -209,6 +219,8 @@ def faults(launch: Launch, chip: Chip, found: Usage) -> list[str]:
             wrong.append("no tensor-core instructions")
         elif chip.target == "sm_90" and launch.options["BLOCK_M"] >= WARP_GROUP_ROWS:
             wrong += [] if found.grouped else ["no wgmma"]
+            if launch.options["VECTOR"] == 8:  # of others tiles go through registers
+                wrong += found.hazards
     if launch.name in COPIES and whole_vectors(launch, chip):
         wrong += [] if found.wide_loads else ["no 128-bit loads"]
         wrong += [] if found.wide_stores else ["no 128-bit stores"]

@@ -6,6 +6,8 @@ import inspect
 import math
 from typing import Any
 
+from diffusers.models.embeddings import LuminaPatchEmbed
+
 from ..family import (
     BOTH_LISTS,
     IMAGES,
@@ -86,6 +88,12 @@ def _sd3_text(pipe: Any) -> int:
     return pipe.tokenizer_max_length + t5_tokens
 
 
+def _lumina_obstacle(transformer: Any, inputs: Inputs) -> str | None:
+    """Diffusers' embedder makes the mask of all ones, which is not to be read on a GPU."""
+    known = type(transformer.patch_embedder).forward is LuminaPatchEmbed.forward
+    return None if known else "its patch embedder is not diffusers', and may mask tokens"
+
+
 def _lumina_rotary(inputs: Inputs) -> Any:
     """The table's last entry, which tells the two tables of a run apart (`scaling_watershed`).
 
@@ -123,6 +131,7 @@ RECORDS: tuple[Family, ...] = (
         output=IMAGES,
         processor=LuminaAttnProcessor,
         rotary=_lumina_rotary,
+        obstacle=_lumina_obstacle,
     ),
     Family(
         "ZImageTransformer2DModel",

@@ -29,6 +29,7 @@ from support.runs import (
 )
 
 import ras
+import ras_kernels
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -100,6 +101,35 @@ def test_lumina(monkeypatch, patch, height, width, guidance):
 def test_lumina_without_proportional_attention(monkeypatch):
     pipe = pipelines.lumina()
     check_run(monkeypatch, pipe, pipelines.lumina_inputs(pipe, 2), proportional_attn=False)
+
+
+def test_lumina_attends_without_a_mask(monkeypatch):
+    """Diffusers' counts all tokens, which is known by whose it is; another one's runs are dense."""
+    attend, given, masks = ras_kernels.sparse_attention, [], []
+
+    def noted(*args, **kwargs):
+        given.append(kwargs.get("key_mask"))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(ras_kernels, "sparse_attention", noted)
+    pipe = pipelines.lumina()
+    embedder, inputs = pipe.transformer.patch_embedder, pipelines.lumina_inputs(pipe)
+    embedder.register_forward_hook(lambda module, args, output: masks.append(output[1]))
+    with ras.enabled(pipe, CONFIG):
+        run(pipe, inputs)
+    assert masks and all(mask.all() for mask in masks)
+    assert given and all(mask is None for mask in given)
+
+    class Masking(type(embedder)):
+        def forward(self, *args):
+            rows, mask, *others = super().forward(*args)
+            return rows, mask * (torch.arange(mask.shape[1]) < 9), *others
+
+    embedder.__class__ = Masking
+    dense = run(pipe, inputs)
+    with ras.enabled(pipe, CONFIG), pytest.warns(ras.RASWarning) as told:
+        assert torch.equal(run(pipe, inputs), dense)
+    assert "may mask tokens" in str(told[0].message)
 
 
 def test_lumina_changes_its_rotary_table_once(monkeypatch):

@@ -18,7 +18,7 @@ if _triton.triton is None or _triton.INTERPRETED:
 
 from triton.backends.nvidia.compiler import CUDABackend
 
-from benchmarks.kernels import compiled, variants
+from benchmarks.kernels import compiled, sass, variants
 from benchmarks.kernels.chips import CHIPS, floor_us, occupancy
 
 H100 = CHIPS["H100"]
@@ -79,6 +79,8 @@ def test_strides_of_any_two_widths(monkeypatch, tmp_path, name):
     for at, tensor in enumerate(args):
         if not isinstance(tensor, torch.Tensor):
             continue
+        if op._opname == "sparse_attention_into_" and op._schema.arguments[at].alias_info:
+            continue  # which are contiguous
         strides = [2**40 if dim < 2 else s for dim, s in enumerate(tensor.stride())]
         wide = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
         wide[at] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
@@ -136,9 +138,52 @@ def test_faults_are_found():
     ]
     launch = next(launch for launch in LAUNCHES["H100"] if launch.call.text == "bf16, D 64")
     assert compiled.faults(launch, CHIPS["H100"], good) == ["no wgmma"]
+    waiting = good._replace(grouped=16, hazards=("13 waits for products in a loop",))
+    assert compiled.faults(launch, CHIPS["H100"], waiting) == [*waiting.hazards]
     launch = next(launch for launch in LAUNCHES["H100"] if launch.call.op == "gather_tokens")
     narrow = good._replace(wide_loads=0)
     assert compiled.faults(launch, CHIPS["H100"], narrow) == ["no 128-bit loads"]
+
+
+LOOP = """
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R144], desc[UR14][R44.64], P1 ;
+        /*0020*/                   DEPBAR.LE SB0, 0x2 ;
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0040*/                   WARPGROUP.ARRIVE ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR20], RZ, !UPT, gsb0 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/                   MUFU.EX2 R3, R3 ;
+        /*0080*/                   HGMMA.64x64x16.F32.BF16 R56, R96, gdesc[UR20].tnspB, R56, gsb0 ;
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00a0*/                   LDGSTS.E.BYPASS.128 [R37], desc[UR14][R24.64], !P6 ;
+        /*00b0*/              @!P1 BRA 0x20 ;
+        /*00c0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00d0*/                   DEPBAR.LE SB0, 0x0 ;
+        /*00e0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00f0*/                   STS.128 [R0+UR9], R4 ;
+        /*0100*/               @P2 BRA 0x10 ;
+        /*0110*/                   BRA 0x110;
+"""
+"""Attention's, shortened; around it a loop over what a block does, which is not looked at."""
+
+WAIT, BARRIER = LOOP.splitlines()[6], LOOP.splitlines()[3]
+
+
+@pytest.mark.parametrize(
+    "old, new, found",
+    [
+        ("", "", None),
+        (WAIT, "\n".join([WAIT] * 2), None),  # heads in two parts
+        (WAIT, "\n".join([WAIT] * 3), "3 waits for products in a loop"),
+        ("SB0, 0x2", "SB0, 0x0", "a loop waits for the copies that it has just asked for"),
+        ("MUFU.EX2 R3, R3", "STS.128 [R0], R4", "shared memory is written between a wait"),
+        ("MUFU.EX2 R3, R3", "UTMALDG.2D [UR8], [UR4]", "shared memory is written between a wait"),
+        ("MUFU.EX2 R3, R3 ;", f";\n{BARRIER}\n /*0078*/ STS.128 [R0], R4 ;", None),
+    ],
+)
+def test_hazards_of_wgmma(old, new, found):
+    hazards = sass.hazards(sass.instructions(LOOP.replace(old, new, 1)))
+    assert not hazards if found is None else len(hazards) == 1 and found in hazards[0]
 
 
 def test_the_table_and_the_exit_status(capsys, monkeypatch):
