@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ras_kernels import _library, _project, attention, linear
+from ras_kernels import _library, _project, flash, linear
 
 from ..commands import DURATION, as_command
 from ..gpu.goals import Row
@@ -36,7 +36,7 @@ from .measure import difference, outcome, said
 
 SHAPES = [model(1024, ratio) for model in (SD3, LUMINA) for ratio in (0.5, 0.125)]
 SECONDS, TINY = 0.1, 0.001  # of each measurement
-# By `attention.Tile` and `_project.Tile`. Those that a chip has no room for say so.
+# By `flash.Tile` and `_project.Tile`. Those that a chip has no room for say so.
 ATTENTION = [(m, n, w, s) for m in (64, 128) for n in (64, 128) for w in (4, 8) for s in (2, 3)]
 PROJECTION = [
     (128, 128, 32, 8, 4),
@@ -46,7 +46,7 @@ PROJECTION = [
     (256, 128, 64, 8, 3),
 ]
 OPS: dict[str, tuple[ModuleType, list[tuple[int, ...]]]] = {
-    "sparse_attention": (attention, ATTENTION),
+    "sparse_attention": (flash, ATTENTION),
     "linear_scatter_": (linear, PROJECTION),
     "qkv_scatter_": (linear, PROJECTION),
 }
@@ -103,7 +103,7 @@ def sweep(timer: Timer, shapes: Sequence[Shape], last: float) -> list[Row]:
 def cut(op: str, module: ModuleType, tile: tuple[int, ...] | None, row: Row) -> Iterator[None]:
     """Have the plans of a `with` block cut the kernel so, and note what the code takes up."""
     launch: Callable[..., Any] = module.launch
-    kind = {attention: attention.Tile, linear: _project.Tile}[module]
+    kind = {flash: flash.Tile, linear: _project.Tile}[module]
 
     def noting(
         kernel: Any, grid: Any, tensors: Sequence[Tensor], *numbers: Any, **named: Any
