@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import (
     Attention,
     FusedJointAttnProcessor2_0,
@@ -62,16 +61,19 @@ class SD3AttnProcessor(RASAttnProcessor):
         if text is not None and not text.shape[1]:
             text = None
         query, text_query, key, value = self._project(attn, hidden_states, text, walk, cache)
-        tokens = query.shape[1]
-        if text_query is not None and not attn.context_pre_only:
-            query = torch.cat([query, text_query], dim=1)
-        output = ras_kernels.sparse_attention(query.to(key.dtype), key, value)
-        image_output = _out(attn, output[:, :tokens])
+        query = query.to(key.dtype)
+        if text_query is None or attn.context_pre_only:
+            output = ras_kernels.sparse_attention(query, key, value)
+            text_output = output[:, :0]
+        else:
+            queries = query, text_query.to(key.dtype)
+            output, text_output = ras_kernels.sparse_attention(queries, key, value)
+        image_output = _out(attn, output)
         if encoder_hidden_states is None:
             return image_output
         if attn.context_pre_only:  # nobody reads the text after the last block
             return image_output, None
-        return image_output, attn.to_add_out(output[:, tokens:].flatten(2))
+        return image_output, attn.to_add_out(text_output.flatten(2))
 
     def _project(
         self, attn: Attention, image: Tensor, text: Tensor | None, walk: Walk, cache: KVCache

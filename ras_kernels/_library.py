@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._plans import Run, nothing, remembered
+from ._plans import Plans, Run, nothing, remembered
 from ._triton import INTERPRETED, supports, triton
 
 _LIBRARY = torch.library.Library("ras_kernels", "DEF")
 
 PLANS: dict[str, Callable[..., Run]] = {}
 """Each op's plan by its kernel, with all checks, by name."""
+KNOWN: dict[str, Plans] = {}
+"""Those plans of each op that have been made, to be cleared where rules have changed."""
 
 
 def register(
@@ -75,7 +77,7 @@ def register(
         return looking((plan(*args) if known else None) or reference)
 
     PLANS[name] = checked_plan
-    planned = remembered(checked_plan)
+    planned = remembered(checked_plan, KNOWN.setdefault(name, {}))
     _LIBRARY.impl(name, checked(looking(reference)), "CompositeExplicitAutograd")
     if triton is not None:
         _LIBRARY.impl(name, on_its_device(planned), "CUDA")  # AMD's GPUs too

@@ -20,6 +20,7 @@ from ._triton import triton
 MOST = 1024  # kinds that are remembered of an op; then it starts over
 
 Run = Callable[..., Any]
+Plans = dict[tuple[Any, ...], Run]
 
 if triton is not None:  # where hooks are kept has moved in Triton 3.4
     _HOOKS = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel
@@ -29,12 +30,16 @@ def nothing(*_: object) -> None:
     """Do nothing: there is nothing to compute, or to return."""
 
 
-def remembered(plan: Callable[..., Run]) -> Run:
+def remembered(plan: Callable[..., Run], known: Plans | None = None) -> Run:
     """A function that runs the plan of its arguments' kind, which is made when it first comes up.
 
     What raises is not remembered: a plan starts with the checks.
+
+    Args:
+        plan: Makes one.
+        known: Where they are kept, for others to clear.
     """
-    plans: dict[tuple[Any, ...], Run] = {}
+    plans: Plans = {} if known is None else known
 
     def run(*args: Any) -> Any:
         kind = tuple(
@@ -45,13 +50,13 @@ def remembered(plan: Callable[..., Run]) -> Run:
                 for a in args
             ]
         )
-        known = plans.get(kind)
-        if known is None:
-            known = plan(*args)
+        found = plans.get(kind)
+        if found is None:
+            found = plan(*args)
             if len(plans) >= MOST:
                 plans.clear()
-            plans[kind] = known
-        return known(*args)
+            plans[kind] = found
+        return found(*args)
 
     return run
 

@@ -224,7 +224,7 @@ def _operands(tokens: Tensor, *given: Tensor | None) -> list[Tensor]:
     return [tokens if tensor is None else tensor for tensor in given]
 
 
-def _plan_qkv(
+def _launch(
     key: Tensor,
     value: Tensor,
     key_changes: Tensor | None,
@@ -233,6 +233,7 @@ def _plan_qkv(
     tokens: Tensor,
     *layers: Any,
 ) -> Run | None:
+    """What launches the kernel on `_operands`, for the arguments of `qkv_scatter_`."""
     written = [t for t in (key, value, key_changes, value_changes) if t is not None]
     own, text, of_text = layers[:6], layers[6], layers[7:]
     weights = [t for t in (*own[:3], *of_text[:3]) if t is not None]
@@ -259,7 +260,7 @@ def _plan_qkv(
     chip = _triton.architecture(tokens.device), _triton.multiprocessors(tokens.device)
     block = tile(size, vector, products, *chip)
     tiles = sum(cdiv(m, block.rows) * cdiv(n, block.outputs) for m, n in products)
-    project = launch(
+    return launch(
         _project_kernel,
         (tiles,),
         operands,
@@ -288,10 +289,16 @@ def _plan_qkv(
         num_stages=block.stages,
     )
 
+
+def _plan_qkv(*args: Any) -> Run | None:
+    project = _launch(*args)
+    if project is None:
+        return None
+    sizes = [query.shape for query in _fake_qkv(*args)]
+
     def run(*args: Any) -> tuple[Tensor, Tensor]:
         tokens = args[5]
-        query = tokens.new_empty(batch, count, wide)
-        text_query = tokens.new_empty(batch, length, wide)
+        query, text_query = tokens.new_empty(sizes[0]), tokens.new_empty(sizes[1])
         project(*_operands(tokens, *args, query, text_query))
         return query, text_query
 
@@ -308,13 +315,14 @@ def _fake_qkv(*args: Any) -> tuple[Tensor, Tensor]:
 def _plan(*args: Any) -> Run | None:
     *caches, key_weight, value_weight, key_bias, value_bias = args
     layers = None, key_weight, value_weight, None, key_bias, value_bias
-    project = _plan_qkv(*caches, *layers, *NO_TEXT)
+    project = _launch(*caches, *layers, *NO_TEXT)
     if project is None:
         return None
 
     def run(*args: Any) -> None:
         *caches, key_weight, value_weight, key_bias, value_bias = args
-        project(*caches, None, key_weight, value_weight, None, key_bias, value_bias, *NO_TEXT)
+        layers = None, key_weight, value_weight, None, key_bias, value_bias
+        project(*_operands(args[5], *caches, *layers, *NO_TEXT, None, None))
 
     return run
 

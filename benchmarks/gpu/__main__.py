@@ -4,6 +4,9 @@
     python -m benchmarks.gpu --quick
     python -m benchmarks.gpu --tiny --out /tmp/rehearsal
 
+What tells the most comes first: whether results are right, which tiles are best and the registers
+they take, each op beside plain PyTorch, whole pipelines.
+
 Each part is a process of its own with a limit on its time; what it leaves of that goes to the next.
 One that fails does not keep the others from running: the exit status is 1 at the end. A part's JSON
 and log lie in the folder `parts` of the GPU's folder in `--out`; one that has succeeded with the
@@ -12,7 +15,7 @@ of `benchmarks.speed.end_to_end` with all layers, at 1024 x 1024 px with guidanc
 compiled blocks, in fp16 and bf16. Then the plots and the tables of the documentation are made of
 all that JSON, which `python -m benchmarks.gpu.table` does alone.
 
-`--quick` ends within nine minutes: fewer rounds, of each model the dtype of the paper alone, and as
+`--quick` ends within ten minutes: fewer rounds, of each model the dtype of the paper alone, and as
 many kernels and tests as there is time for. `--tiny` rehearses that on a CPU, at toy sizes.
 """
 
@@ -33,7 +36,7 @@ from ..tables import RESULTS, ROOT, folder_name, grid
 from .parts import Part, Row, parts
 from .table import COUNTS, READMES, plots, update
 
-COUNTED = (*COUNTS, "rounds", "ways timed", "left out")
+COUNTED = (*COUNTS, "rounds", "tiles timed", "ways timed", "left out")
 GRACE = 10  # seconds for an interrupted part to write down what it has
 LOOK = 20  # seconds to see what the machine has
 VERSIONS = "torch", "CUDA or ROCm", "triton", "diffusers", "driver"  # that results depend on
@@ -69,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--quick", action="store_true", help="finish in nine minutes")
+    add("--quick", action="store_true", help="finish in ten minutes")
     add("--tiny", action="store_true", help="rehearse on the CPU, at toy sizes")
     add("--again", action="store_true", help="run parts that have succeeded, too")
     add("--out", type=Path, help="default: benchmarks/results; --tiny needs one of its own")

@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def parts(options: argparse.Namespace, folder: Path) -> list[Part]:
-    """All of them, the tests last, so that they have what time the others left."""
+    """All of them, those first that tell the most: what is right, then which tiles are best."""
     chosen = [(name, dtype) for name in PUBLISHED for dtype in DTYPES]
     if options.quick or options.tiny:
         chosen = [(name, family.dtype) for name, family in PUBLISHED.items()]
@@ -50,7 +50,8 @@ def parts(options: argparse.Namespace, folder: Path) -> list[Part]:
         [pipeline(options, folder, family, dtype, mode) for family, dtype in chosen]
         for mode in MODES
     )
-    return [*eager, kernels(options, folder), *compiled, tests(options, folder)]
+    first = [tests(options, folder), tiles(options, folder), kernels(options, folder)]
+    return [*first, *eager, *compiled]
 
 
 def pipeline(options: argparse.Namespace, folder: Path, family: str, dtype: str, mode: str) -> Part:
@@ -70,6 +71,16 @@ def pipeline(options: argparse.Namespace, folder: Path, family: str, dtype: str,
     name = part_name(family, dtype, mode)
     made = folder / "parts" / f"{name}.made"
     return Part(name, tuple(command), limit, f"--out={made}", made, read_pipeline)
+
+
+def tiles(options: argparse.Namespace, folder: Path) -> Part:
+    """Attention and projections by other tiles than their rules'."""
+    limit, last_tile = (60, 45) if options.quick else (240, 200)
+    command = ["-m", "benchmarks.kernels.tiles", f"--seconds={last_tile}"]
+    if options.tiny:
+        command.append("--tiny")
+    made = folder / "tiles.json"
+    return Part("tiles", tuple(command), limit, f"--out={options.out}", made, read_tiles)
 
 
 def kernels(options: argparse.Namespace, folder: Path) -> Part:
@@ -118,6 +129,14 @@ def read_kernels(made: Path) -> tuple[Row, str | None]:
         return counts, None
     first = f"{ours[0]['op']} at {ours[0]['shape']}: {ours[0]['error']}"
     return counts, first + (f", and {len(ours) - 1} more" if len(ours) > 1 else "")
+
+
+def read_tiles(made: Path) -> tuple[Row, str | None]:
+    """How many tiles were timed, and whether one by the rule was not."""
+    rows = json.loads(made.read_text(encoding="utf-8"))["rows"]
+    missed = [row for row in rows if row["tile"] is None and "us" not in row]
+    counts = {"tiles timed": sum("us" in row for row in rows)}
+    return counts, f"{missed[0]['op']}: {missed[0]['error']}" if missed else None
 
 
 def read_tests(made: Path) -> tuple[Row, str | None]:

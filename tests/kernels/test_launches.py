@@ -47,4 +47,4 @@ def test_launches_of_a_block():
         setting: launches.count("sd3", config)["transformer_blocks"].total()
         for setting, config in launches.SETTINGS.items()
     }
-    assert totals == {"dense": 51, "paper": 43, "default": 44}
+    assert totals == {"dense": 51, "paper": 38, "default": 39}
