@@ -19,6 +19,7 @@ from .linear import linear_scatter_
 from .norm import NORMS, norm_rotary, norm_rotary_scatter_
 from .regions import METRICS, region_scores, select_regions
 from .rows import gather_tokens, scatter_tokens_
+from .states import merge_states
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "drift_scores",
     "gather_tokens",
     "linear_scatter_",
+    "merge_states",
     "norm_rotary",
     "norm_rotary_scatter_",
     "region_scores",

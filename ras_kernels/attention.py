@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import _triton, reference
+from . import reference
 from ._checks import check_finite, check_floats, check_same, shapes
 from ._library import register
-from ._plans import Run, launch
-from ._triton import cdiv, jit, next_power_of_2, tl
+from ._plans import Run
+from .flash import attending
 
-LOG2_E = math.log2(math.e)
-TWO_BLOCKS = 128  # registers of a thread, with which two blocks of 8 warps fit a multiprocessor
+Pair = tuple[Tensor, Tensor]
 
 
+@overload
 def sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -26,23 +25,101 @@ def sparse_attention(
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: Literal[False] = False,
+    out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    out: Tensor | None = None,
+) -> Pair: ...
+@overload
+def sparse_attention(
+    query: Pair,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    out: Pair | None = None,
+) -> Pair: ...
+@overload
+def sparse_attention(
+    query: Pair,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    out: Pair | None = None,
+) -> tuple[Pair, Pair]: ...
+def sparse_attention(
+    query: Tensor | Pair,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | Pair | None = None,
+) -> Any:
     """Let a few queries attend over all cached rows: `softmax(scale * Q @ K.T) @ V` per head.
 
     Scores and sums are in float32. A query without any key to attend to gets zeros. Rows of keys
     and values that do not count may hold anything, NaN and infinities included.
 
     Args:
-        query: `(B, K, H, D)`.
+        query: `(B, K, H, D)`, or a pair of such, as of image and text tokens, each with its own K.
         key, value: `(B, S, G, D)`; query head `h` uses key head `h // (H / G)` (grouped-query).
         key_mask: `(B, S)` bool, False for rows that nobody attends to.
         key_lengths: `(B,)` int32 or int64, in its place: only the first so many rows count.
         scale: Of the scores; `D ** -0.5` if None.
+        return_lse: Also return the natural logarithm of the sum of each query's exponentiated
+            scores, for `merge_states`.
+        out: What to write to and return: contiguous, of the query's shape and dtype; a pair if
+            `query` is one.
 
     Returns:
-        `(B, K, H, D)`, contiguous, the dtype of `query`.
+        `(B, K, H, D)`, contiguous, the dtype of `query`; a pair of such for a pair. With
+        `return_lse` that, and `(B, H, K)` float32 (or float64, as the query), minus infinity for a
+        query without any key; a pair of such for a pair.
     """
-    return _attention(query, key, value, key_mask, key_lengths, scale)
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse must be True or False; got a {type(return_lse).__name__}")
+    if isinstance(query, Tensor) and not return_lse and out is None:
+        return _attention(query, key, value, key_mask, key_lengths, scale)
+    queries = query if isinstance(query, tuple) else (query,)
+    if not 1 <= len(queries) <= 2 or not all(isinstance(one, Tensor) for one in queries):
+        raise TypeError(
+            f"query must be a tensor or a pair of tensors; got a {type(query).__name__}"
+        )
+    outs: Any = out if isinstance(query, tuple) or out is None else (out,)
+    if outs is None:
+        outs = tuple(_fake(one) for one in queries)
+    elif not isinstance(outs, tuple) or len(outs) != len(queries):
+        raise TypeError("out must be a tensor, or for a pair of queries a pair of tensors")
+    # Of a query of another shape, which is told of by the checks, there is none.
+    lses = tuple(_fake_lse(one) if return_lse and one.ndim == 4 else None for one in queries)
+    none = (None,) * (2 - len(queries))
+    _attention_into(
+        *(*outs, *none, *lses, *none, *queries, *none),
+        *(key, value, key_mask, key_lengths, scale),
+    )
+    if not isinstance(query, tuple):
+        return (outs[0], lses[0]) if return_lse else outs[0]
+    return (outs, lses) if return_lse else outs
 
 
 def _check(
@@ -88,216 +165,51 @@ def _check(
         check_finite(scale=scale)
 
 
-@jit()
-def _attend(
-    top,
-    total,
-    out1,
-    out2,
-    query1,
-    query2,
-    keys,
-    values,
-    mask,
-    key_n,
-    value_n,
-    mask_n,
-    first,
-    last,
-    num_keys,
-    scale,
-    SIZE: tl.constexpr,
-    SIZE1: tl.constexpr,
-    SIZE2: tl.constexpr,
-    MASKED: tl.constexpr,
-    TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Take in the keys from `first` to `last`; with TAIL, some of them may be past the end."""
-    d1 = tl.arange(0, SIZE1)
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        there = n < num_keys
-        seen = there
-        if MASKED:
-            seen = tl.load(mask + n.to(tl.int64) * mask_n, mask=there, other=0) != 0
-        key1 = keys + n.to(tl.int64)[:, None] * key_n + d1[None, :]
-        value1 = values + n.to(tl.int64)[:, None] * value_n + d1[None, :]
-        if TAIL or SIZE1 > SIZE:
-            inside = there[:, None] & (d1 < SIZE)[None, :]
-            k1 = tl.load(key1, mask=inside, other=0.0)
-        else:
-            k1 = tl.load(key1)
-        # No weight of 0 hides a NaN or an infinity: the values of masked keys are not read.
-        if MASKED or (TAIL or SIZE1 > SIZE):  # Triton 3.2 takes no chain of three
-            v1 = tl.load(value1, mask=seen[:, None] & (d1 < SIZE)[None, :], other=0.0)
-        else:
-            v1 = tl.load(value1)
-        scores = tl.dot(query1, tl.trans(k1), input_precision="ieee")
-        if SIZE2 > 0:
-            d2 = tl.arange(0, SIZE2)
-            key2 = keys + n.to(tl.int64)[:, None] * key_n + (SIZE1 + d2)[None, :]
-            value2 = values + n.to(tl.int64)[:, None] * value_n + (SIZE1 + d2)[None, :]
-            inside = (SIZE1 + d2 < SIZE)[None, :]
-            k2 = tl.load(key2, mask=there[:, None] & inside if TAIL else inside, other=0.0)
-            counts = seen[:, None] & inside if MASKED or TAIL else inside
-            v2 = tl.load(value2, mask=counts, other=0.0)
-            scores = tl.dot(query2, tl.trans(k2), acc=scores, input_precision="ieee")
-        if MASKED or TAIL:
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        # Where all keys so far are masked, -inf - -inf would be NaN.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
-        weights = weights.to(v1.dtype)
-        out1 = tl.dot(weights, v1, acc=out1 * decay[:, None], input_precision="ieee")
-        if SIZE2 > 0:
-            out2 = tl.dot(weights, v2, acc=out2 * decay[:, None], input_precision="ieee")
-    return top, total, out1, out2
+def _check_second(query: Tensor, second: Tensor) -> None:
+    if second.ndim != 4 or second[:, :0].shape != query[:, :0].shape:
+        raise ValueError(
+            f"the second query must have the first's shape but for K; got {shapes(query, second)}"
+        )
+    check_same(query=query, second=second)
 
 
-@jit(
-    *("query_b", "query_m", "query_h", "key_b", "key_n", "key_h", "value_b", "value_n", "value_h"),
-    *("lengths_b", "num_queries", "num_keys"),
-)
-def _attention_kernel(
-    query,
-    key,
-    value,
-    mask,
-    lengths,
-    output,
-    query_b,
-    query_m,
-    query_h,
-    key_b,
-    key_n,
-    key_h,
-    value_b,
-    value_n,
-    value_h,
-    mask_b,
-    mask_n,
-    lengths_b,
-    num_queries,
-    num_keys,
-    scale,
-    SIGN: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE1: tl.constexpr,
-    SIZE2: tl.constexpr,
-    MASKED: tl.constexpr,
-    LENGTHS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    # Strides come in units of VECTOR elements: the product tells the compiler of the alignment.
-    # The grid has one axis, since the others end at 65,535.
-    tiles = tl.cdiv(num_queries, BLOCK_M)
-    b = (tl.program_id(0) // tiles // HEADS).to(tl.int64)
-    h = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
-    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    d1 = tl.arange(0, SIZE1)
-    here = (m < num_queries)[:, None]
-    row = (
-        query + (b * query_b + h * query_h) * VECTOR + (m.to(tl.int64) * query_m * VECTOR)[:, None]
-    )
-    query1 = tl.load(row + d1[None, :], mask=here & (d1 < SIZE)[None, :], other=0.0)
-    if SIGN != 1:  # which would cost Hopper's products registers
-        query1 *= SIGN
-    query2 = query1
-    out1 = tl.zeros([BLOCK_M, SIZE1], tl.float32)
-    out2 = out1
-    if SIZE2 > 0:
-        d2 = SIZE1 + tl.arange(0, SIZE2)
-        query2 = tl.load(row + d2[None, :], mask=here & (d2 < SIZE)[None, :], other=0.0)
-        if SIGN != 1:
-            query2 *= SIGN
-        out2 = tl.zeros([BLOCK_M, SIZE2], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    keys = key + (b * key_b + h // GROUPS * key_h) * VECTOR
-    values = value + (b * value_b + h // GROUPS * value_h) * VECTOR
-    mask += b * mask_b
-    if LENGTHS:
-        length = tl.load(lengths + b * lengths_b).to(tl.int64)
-        num_keys = tl.maximum(tl.minimum(length, num_keys), 0).to(tl.int32)
-    whole = num_keys // BLOCK_N * BLOCK_N
-    key_n *= VECTOR
-    value_n *= VECTOR
-    top, total, out1, out2 = _attend(
-        top, total, out1, out2, query1, query2, keys, values, mask, key_n, value_n, mask_n,
-        0, whole, num_keys, scale, SIZE, SIZE1, SIZE2, MASKED, False, BLOCK_N,
-    )  # fmt: skip
-    top, total, out1, out2 = _attend(
-        top, total, out1, out2, query1, query2, keys, values, mask, key_n, value_n, mask_n,
-        whole, num_keys, num_keys, scale, SIZE, SIZE1, SIZE2, MASKED, True, BLOCK_N,
-    )  # fmt: skip
-    share = tl.where(top > float("-inf"), 1 / total, 0.0)[:, None]
-    row = output + ((b * num_queries + m) * HEADS + h)[:, None] * SIZE
-    tl.store(row + d1[None, :], out1 * share, mask=here & (d1 < SIZE)[None, :])
-    if SIZE2 > 0:
-        d2 = SIZE1 + tl.arange(0, SIZE2)
-        tl.store(row + d2[None, :], out2 * share, mask=here & (d2 < SIZE)[None, :])
-
-
-class Tile(NamedTuple):
-    """How the kernel is cut and run.
-
-    Attributes:
-        queries, keys: Of one block at a time.
-        warps: Of a block.
-        stages: Tiles of keys in shared memory, the next ones to be loaded among them.
-        registers: Of a thread at most, if that is not left to the compiler.
-    """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-def chunks(head_size: int) -> tuple[int, int]:
-    """A head size as one power of two, or from 64 to 128 two: 72 is 64 + 16, of which 8 are masked.
-
-    `tl.dot` wants at least 16 of what it sums over.
-    """
-    whole = next_power_of_2(max(head_size, 16))
-    if whole == max(head_size, 16) or not 64 < head_size <= 128:
-        return whole, 0
-    return whole // 2, max(next_power_of_2(head_size - whole // 2), 16)
-
-
-def tile(head_size: int, element_size: int, architecture: int, plain: bool) -> Tile:
-    """The rule of tiles: within the chip's shared memory, and no more registers than there are.
-
-    `plain` are products of what lies in whole 16-byte vectors, with neither a mask nor a negative
-    scale, which take registers: without them Hopper's products wait for each other. Shared memory
-    is 227 KB on Hopper and at least 99 KB on other chips.
-    `python -m benchmarks.kernels.compiled` tells what they take up on each chip.
-    """
-    width = sum(chunks(head_size))
-    if element_size > 2:
-        return Tile(64, 32, 8, 2) if width <= 96 else Tile(32, 32 if width <= 128 else 16, 8, 2)
-    if architecture == 90 and width <= 256:
-        # The third stage, since the next tile is asked for when this one's products are done.
-        if width <= 64:
-            return Tile(128, 64, 4, 3)  # its matrix units work for warp groups of 4
-        if width <= 96:
-            return Tile(128, 64, 8, 3, TWO_BLOCKS if plain else None)
-        return Tile(128, 64 if width <= 128 else 32, 8, 3)
-    if width > 128:
-        return Tile(64, 32, 8, 2)
-    if width <= 64:
-        return Tile(128, 64, 8, 3 if width == 64 else 2)
-    return Tile(128, 64 if 100 <= architecture < 120 or width < 128 else 32, 8, 2)
+def _check_into(
+    out: Tensor,
+    second_out: Tensor | None,
+    lse: Tensor | None,
+    second_lse: Tensor | None,
+    query: Tensor,
+    second: Tensor | None,
+    *others: Any,
+) -> None:
+    _check(query, *others)
+    if second is None:
+        if second_out is not None or second_lse is not None:
+            raise ValueError("without a second query there is no second out, nor a second lse")
+    else:
+        _check_second(query, second)
+        if second_out is None or (second_lse is None) != (lse is None):
+            raise ValueError(
+                "a second query needs a second out, and an lse where the first has one"
+            )
+    for one, written, sums in ((query, out, lse), (second, second_out, second_lse)):
+        if one is None or written is None:
+            continue
+        if written.shape != one.shape or not written.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous and {tuple(one.shape)}, as query is; got "
+                f"{tuple(written.shape)} with strides {written.stride()}"
+            )
+        check_same(query=one, out=written)
+        expected = _fake_lse(one)
+        if sums is not None and (sums.shape, sums.dtype, sums.device, sums.is_contiguous()) != (
+            *(expected.shape, expected.dtype, expected.device),
+            True,
+        ):
+            raise ValueError(
+                f"lse must be contiguous, {tuple(expected.shape)} and {expected.dtype}; got "
+                f"{tuple(sums.shape)} and {sums.dtype}"
+            )
 
 
 def _plan(
@@ -308,89 +220,69 @@ def _plan(
     key_lengths: Tensor | None,
     scale: float | None,
 ) -> Run:
-    batch, num_queries, heads, size = query.shape
-    if not (query.numel() and key.shape[1]):
+    cache = key, value, key_mask, key_lengths
+    attend = attending((_fake(query), None), (None, None), (query, None), *cache, scale)
+    if attend is None:
         return lambda query, *_: torch.zeros_like(query, memory_format=torch.contiguous_format)
-    read = query, key, value = _side_by_side(query, key, value)
-    size1, size2 = chunks(size)
-    strides = [stride for t in read for stride in t.stride()[:3]]
-    bytes_ = query.element_size()
-    sign, factor = _in_log2(size**-0.5 if scale is None else scale)
-    starts = [t.data_ptr() // bytes_ for t in read]
-    vector = math.gcd(16 // bytes_, *strides, *starts)
-    plain = key_mask is None and sign == 1 and vector * bytes_ == 16
-    block = tile(size, bytes_, _triton.architecture(query.device), plain)
-    mask, lengths = (query if t is None else t for t in (key_mask, key_lengths))
-    attend = launch(
-        _attention_kernel,
-        (cdiv(num_queries, block.queries) * heads * batch,),
-        (query, key, value, mask, lengths, _fake(query)),
-        *(stride // vector for stride in strides),
-        *((0, 0) if key_mask is None else key_mask.stride()),
-        0 if key_lengths is None else key_lengths.stride(0),
-        num_queries,
-        key.shape[1],
-        factor,
-        SIGN=sign,
-        HEADS=heads,
-        GROUPS=heads // key.shape[2],
-        SIZE=size,
-        SIZE1=size1,
-        SIZE2=size2,
-        MASKED=key_mask is not None,
-        LENGTHS=key_lengths is not None,
-        VECTOR=vector,
-        BLOCK_M=block.queries,
-        BLOCK_N=block.keys,
-        num_warps=block.warps,
-        num_stages=block.stages,
-        **({} if block.registers is None else {"maxnreg": block.registers}),
-    )
 
-    def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        key_lengths: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
-        query, key, value = _side_by_side(query, key, value)
+    def run(query: Tensor, *others: Any) -> Tensor:
         output = _fake(query)
-        mask = query if key_mask is None else key_mask
-        lengths = query if key_lengths is None else key_lengths
-        attend(query, key, value, mask, lengths, output)
+        attend((output, None), (None, None), (query, None), *others[:4])
         return output
 
     return run
 
 
-def _in_log2(scale: float) -> tuple[int, float]:
-    """A scale for powers of 2, as a sign for the queries and a positive factor for the scores.
+def _plan_into(
+    out: Tensor,
+    second_out: Tensor | None,
+    lse: Tensor | None,
+    second_lse: Tensor | None,
+    query: Tensor,
+    second: Tensor | None,
+    *others: Any,
+) -> Run | None:
+    attend = attending((out, second_out), (lse, second_lse), (query, second), *others)
+    if attend is None:
+        return None
 
-    So the largest scaled score is the largest score, scaled, and one instruction can scale the
-    others and subtract it. The scale of 0 is in the sign, since a masked score is minus infinity.
-    """
-    factor = abs(scale) * LOG2_E
-    if factor < torch.finfo(torch.float32).tiny:
-        return 0, 1.0
-    return 1 if scale > 0 else -1, factor
+    def run(
+        out: Tensor,
+        second_out: Tensor | None,
+        lse: Tensor | None,
+        second_lse: Tensor | None,
+        query: Tensor,
+        second: Tensor | None,
+        *others: Any,
+    ) -> None:
+        attend((out, second_out), (lse, second_lse), (query, second), *others[:4])
 
-
-def _side_by_side(*tensors: Tensor) -> list[Tensor]:
-    """What is read by rows has to have its elements so."""
-    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+    return run
 
 
 def _fake(query: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
+def _fake_lse(query: Tensor) -> Tensor:
+    batch, rows, heads, _ = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((batch, heads, rows), dtype=dtype)
+
+
+_CACHE = "Tensor key, Tensor value, Tensor? key_mask, Tensor? key_lengths, float? scale"
+
 _attention = register(
-    "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, "
-    "Tensor? key_lengths, float? scale) -> Tensor",
+    f"sparse_attention(Tensor query, {_CACHE}) -> Tensor",
     check=_check,
     reference=reference.sparse_attention,
     plan=_plan,
     fake=_fake,
+)
+_attention_into = register(
+    "sparse_attention_into_(Tensor(a!) out, Tensor(b!)? second_out, Tensor(c!)? lse, "
+    f"Tensor(d!)? second_lse, Tensor query, Tensor? second, {_CACHE}) -> ()",
+    check=_check_into,
+    reference=reference.sparse_attention_into_,
+    plan=_plan_into,
 )

@@ -79,6 +79,64 @@ def sparse_attention(
     return output
 
 
+def attention_lse(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """(B, H, K): `log(sum(exp(scale * Q @ K.T)))` over the keys that count."""
+    batch, rows, query_heads, size = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if not batch * rows * query_heads:
+        return query.new_empty((batch, query_heads, rows), dtype=dtype)
+    heads = key.shape[2]
+    if key_lengths is not None:
+        key_mask = torch.arange(key.shape[1], device=key.device) < key_lengths[:, None]
+    scores = torch.einsum(
+        "bkhgd,bshd->bhgks",
+        rearrange(query.to(dtype), "b k (h g) d -> b k h g d", h=heads),
+        key.to(dtype),
+    )
+    scores *= max(size, 1) ** -0.5 if scale is None else scale
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, None], -torch.inf)
+    return scores.logsumexp(dim=-1).flatten(1, 2)
+
+
+def sparse_attention_into_(
+    out: Tensor,
+    second_out: Tensor | None,
+    lse: Tensor | None,
+    second_lse: Tensor | None,
+    query: Tensor,
+    second: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float | None,
+) -> None:
+    for one, written, sums in ((query, out, lse), (second, second_out, second_lse)):
+        if one is not None and written is not None:
+            written.copy_(sparse_attention(one, key, value, key_mask, key_lengths, scale))
+        if one is not None and sums is not None:
+            sums.copy_(attention_lse(one, key, key_mask, key_lengths, scale))
+
+
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(lse_a, lse_b)
+    merged = torch.zeros_like(out_a, dtype=lse.dtype, memory_format=torch.contiguous_format)
+    for out, one in ((out_a, lse_a), (out_b, lse_b)):
+        share = (one - lse).exp().masked_fill(one == -torch.inf, 0).transpose(1, 2)[..., None]
+        # What has no share may be NaN, which 0 times is not 0.
+        merged += (out.to(lse.dtype) * share).masked_fill_(share == 0, 0)
+    return merged.to(out_a.dtype), lse.contiguous()
+
+
 def norm_rotary(
     tokens: Tensor,
     norm: str | None,

@@ -273,6 +273,7 @@ def test_an_option_that_does_not_exist():
 TAKEN = {
     # of what is no tensor, what an op computes with, even so
     "sparse_attention.scale": {"-1", "0", "half", "true"},
+    "sparse_attention.return_lse": {"true"},
     "region_scores.pixels": {"true"},
     "update_drift_.position": {"-1", "0", "half", "true"},
     "drift_scores.position": {"-1", "0", "half", "true"},

@@ -18,10 +18,21 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ras_kernels import _triton, attention, changes, drift, linear, norm, regions, rows
+from ras_kernels import (
+    _triton,
+    attention,
+    changes,
+    drift,
+    flash,
+    linear,
+    norm,
+    regions,
+    rows,
+    states,
+)
 from ras_kernels._checks import FLOATS
 
-MODULES = attention, changes, drift, linear, norm, regions, rows
+MODULES = changes, drift, flash, linear, norm, regions, rows, states
 BATCH, TOKENS, TEXT, ACTIVE = 2, 4096, 333, 1024  # SD3 at 1024 x 1024, a quarter of it active
 HEAD_SIZES = range(8, 257, 8)  # of which those are kept that the rules treat differently
 SHORT = {
@@ -240,15 +251,27 @@ def norm_calls() -> Iterator[Call]:
             yield Call("norm_rotary_scatter_", dtype, what, run)
 
 
+def merge_calls() -> Iterator[Call]:
+    for dtype, size in itertools.product(FLOATS, (64, 72)):
+        state = (
+            empty(BATCH, ACTIVE, 8, size, dtype=dtype),
+            empty(BATCH, 8, ACTIVE, dtype=torch.float32),
+        )
+        yield Call("merge_states", dtype, f"D {size}", partial(states._plan, *state, *state))
+
+
+RARE = "odd strides", "negative scale", "LSE", "two queries"
+
+
 def attention_calls() -> Iterator[Call]:
     """All head sizes; keys that all may see, that a mask or lengths hide, that heads share."""
     heads = 8
     for dtype, size, form in itertools.product(
         FLOATS,
         HEAD_SIZES,
-        ("", "mask", "lengths", "shared keys", "odd strides", "negative scale"),
+        ("", "mask", "lengths", "shared keys", *RARE),
     ):
-        if form in ("odd strides", "negative scale") and size not in (64, 72):
+        if form in RARE and size not in (64, 72):
             continue
         groups = 2 if form == "shared keys" else heads
         room = size + 1 if form == "odd strides" else size
@@ -258,7 +281,12 @@ def attention_calls() -> Iterator[Call]:
         lengths = empty(BATCH, dtype=torch.int64) if form == "lengths" else None
         text = f"D {size}" + (f", {form}" if form else "")
         scale = -0.125 if form == "negative scale" else 0.125
-        run = partial(attention._plan, query, key, key, mask, lengths, scale)
+        operands = key, key, mask, lengths, scale
+        run = partial(attention._plan, query, *operands)
+        if form in ("LSE", "two queries"):
+            second = query[:, :TEXT] if form == "two queries" else None
+            lse = empty(BATCH, heads, ACTIVE + TEXT, dtype=torch.float32) if form == "LSE" else None
+            run = partial(attention._plan_into, query, second, lse, None, query, second, *operands)
         yield Call("sparse_attention", dtype, text, run)
 
 
@@ -305,6 +333,7 @@ OPS: dict[str, Callable[[], Iterator[Call]]] = {
     "drift": drift_calls,
     "norm": norm_calls,
     "attention": attention_calls,
+    "merge": merge_calls,
     "scores": score_calls,
     "select": select_calls,
 }

@@ -63,3 +63,103 @@ def test_any_scale(scale, given_by):
     )
     exact = reference.sparse_attention(*map(wide, (query, key, value)), mask, lengths, scale)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+# --- two queries, their outputs and the sums of their scores --------------------------------------
+
+
+def operands(dtype=torch.float32, size=72, keys=70):
+    query, second = (normal(4, rows, 2, size, dtype=dtype, seed=rows) for rows in (9, 5))
+    key, value = (normal(4, keys, 1, size, dtype=dtype, seed=seed) for seed in (1, 2))
+    return query, second, key, value
+
+
+@pytest.mark.parametrize("given_by", ["nothing", "mask", "lengths"])
+@pytest.mark.parametrize("scale", [None, -0.7, 0.0])
+@pytest.mark.parametrize("size", [8, 72])
+def test_lse(size, scale, given_by):
+    """The logarithm of the sum of exponentials; minus infinity without a key."""
+    query, _, key, value = operands(size=size)
+    lengths = torch.tensor([70, 0, 33, 64], device=DEVICE)
+    seen = torch.arange(70, device=DEVICE) < lengths[:, None]
+    option = dict(nothing={}, mask=dict(key_mask=seen), lengths=dict(key_lengths=lengths))[given_by]
+    out, lse = ras_kernels.sparse_attention(
+        query, key, value, **option, scale=scale, return_lse=True
+    )
+    plain = ras_kernels.sparse_attention(query, key, value, **option, scale=scale)
+    assert torch.equal(out, plain)
+    scores = torch.einsum("bkhd,bshd->bhks", query.double(), key.double().repeat_interleave(2, 2))
+    scores *= size**-0.5 if scale is None else scale
+    if option:
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", COMPUTED, ids=str)
+def test_merged_states_are_those_of_all_keys(dtype):
+    """Of which one part, the other, both and none have any for some sample."""
+    query, _, key, value = operands(dtype)
+    lengths = torch.tensor([[40, 0, 33, 0], [30, 30, 0, 0]], device=DEVICE)
+    parts = key.split([40, 30], 1), value.split([40, 30], 1)
+    states = [
+        ras_kernels.sparse_attention(query, *part, key_lengths=length, return_lse=True)
+        for *part, length in zip(*parts, lengths)
+    ]
+    out, lse = ras_kernels.merge_states(*states[0], *states[1])
+    places = (torch.arange(count, device=DEVICE) for count in (40, 30))
+    seen = torch.cat([place < length[:, None] for place, length in zip(places, lengths)], 1)
+    options = seen, None, None
+    exact = reference.sparse_attention(*map(wide, (query, key, value)), *options)
+    assert out.dtype == dtype and out.is_contiguous() and (out[3] == 0).all()
+    assert (out.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+    exact = reference.attention_lse(*map(wide, (query, key)), *options)
+    assert (lse[3] == -torch.inf).all()
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-2, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("how", ["dense", "part", "heads first", "gaps"])
+def test_two_queries_are_one_after_the_other(how):
+    """Bit for bit, in outputs of the caller's, which need not be aligned."""
+    query, second, key, value = operands(torch.float16)
+    lengths = torch.tensor([70, 0, 33, 64], device=DEVICE)
+    options = dict(key_lengths=lengths, return_lse=True)
+    expected = [ras_kernels.sparse_attention(one, key, value, **options) for one in (query, second)]
+    rooms = [one.new_full((one.numel() + 2,), torch.nan) for one in (query, second)]
+    out = tuple(room[1:-1].view(one.shape) for room, one in zip(rooms, (query, second)))
+    outs, lses = ras_kernels.sparse_attention(
+        (laid(query, how), laid(second, "heads first")), key, value, **options, out=out
+    )
+    assert all(a is b for a, b in zip(outs, out))
+    for state, *found in zip(expected, outs, lses):
+        assert all(map(torch.equal, state, found))
+    assert all(room[0].isnan() and room[-1].isnan() for room in rooms)
+    some = ras_kernels.sparse_attention((query[:, :0], second), key, value)
+    assert some[0].shape == (4, 0, 2, 72)
+    torch.testing.assert_close(some[1], ras_kernels.sparse_attention(second, key, value))
+
+
+@pytest.mark.parametrize(
+    "change, error, told",
+    [
+        (dict(query=(1, 2)), TypeError, "query must be a tensor or a pair of tensors"),
+        (dict(second=lambda q: q[..., :4]), ValueError, "second query .* but for K"),
+        (dict(second=lambda q: q.double()), ValueError, "second is torch.float64"),
+        (dict(out=torch.zeros(3)), TypeError, "out must be .* a pair"),
+        (dict(out=lambda q: q.new_empty(4, 2, 9, 8).transpose(1, 2)), ValueError, "contiguous"),
+        (dict(out=lambda q: q[:, :3].contiguous()), ValueError, r"out must .*\(4, 9, 2, 8\)"),
+        (dict(out=lambda q: q.double()), ValueError, "out is torch.float64"),
+    ],
+)
+def test_what_two_queries_must_be(change, error, told):
+    query, second, key, value = operands(size=8)
+    queries, out = (query, second), None
+    if "query" in change:
+        queries = change["query"]
+    elif "second" in change:
+        queries = query, change["second"](second)
+    else:
+        out = change["out"]
+        out = (out(query), torch.empty_like(second)) if callable(out) else out
+    with pytest.raises(error, match=told):
+        ras_kernels.sparse_attention(queries, key, value, out=out)

@@ -79,6 +79,8 @@ def test_strides_of_any_two_widths(monkeypatch, tmp_path, name):
     for at, tensor in enumerate(args):
         if not isinstance(tensor, torch.Tensor):
             continue
+        if op._opname == "sparse_attention_into_" and op._schema.arguments[at].alias_info:
+            continue  # which are contiguous
         strides = [2**40 if dim < 2 else s for dim, s in enumerate(tensor.stride())]
         wide = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
         wide[at] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")

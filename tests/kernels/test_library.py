@@ -62,7 +62,11 @@ def layer(hidden, noise, changes, ages, key, value, query_weight, weights, biase
     )
     query = ras_kernels.norm_rotary((rows @ query_weight).unflatten(2, (heads, size)), **options)
     seen = torch.full((batch,), tokens + 1, dtype=torch.int32, device=key.device)
-    output = ras_kernels.sparse_attention(query, key, value, key_lengths=seen).flatten(2)
+    output = ras_kernels.sparse_attention(query, key, value, key_lengths=seen)
+    states = ras_kernels.sparse_attention(
+        query, key, value, key_lengths=seen, return_lse=True, out=torch.empty_like(output)
+    )
+    output = ras_kernels.merge_states(*states, output, states[1] - 1)[0].flatten(2)
     ras_kernels.scatter_tokens_(hidden, active, rows + output[..., :width])
     ras_kernels.update_tokens_(noise, changes, active, output[..., : noise.shape[2]])
     carried = ras_kernels.carry_tokens(noise, changes, ages / 2)

@@ -154,6 +154,13 @@ def cases(dtype=torch.float32):
             dict(key=~NAMED, value=~NAMED, key_changes=ALL, value_changes=ALL),
         ),
     }
+    states = dict(out_a=some(*heads), out_b=some(*heads, seed=1))
+    gone, there = torch.full((2, 2, 5), -torch.inf, device=DEVICE), normal(2, 2, 5)
+    for name, lses in (("a", (gone, there)), ("b", (there, gone))):
+        tensors = states | dict(zip(("lse_a", "lse_b"), lses))
+        found[f"merge_states, {name}"] = Case(
+            ras_kernels.merge_states, tensors, {f"out_{name}": ALL}
+        )
     for norm in (None, *ras_kernels.NORMS):
         weight = some(8 if norm == LAYER_NORM else 4, seed=2)
         options = dict(norm=norm, rotary=turns(2, 2, 2), weight=weight if norm else None)
@@ -210,7 +217,12 @@ def results(name, tensors):
     return [*found, *tensors.values()]
 
 
-MEET = {("sparse_attention", "key"), ("sparse_attention", "value"), ("select_regions", "scores")}
+MEET = {
+    *(("sparse_attention", name) for name in ("key", "value")),
+    *(("sparse_attention, two queries", name) for name in ("key", "value")),
+    *(("merge_states", name) for name in ("lse_a", "lse_b")),  # whose second dimension is of heads
+    ("select_regions", "scores"),
+}
 
 
 @pytest.mark.parametrize("dim", [0, 1], ids=["samples", "rows"])

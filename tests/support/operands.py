@@ -191,6 +191,24 @@ def calls():
             ras_kernels.sparse_attention,
             dict(query=half(*heads), key=half(*heads, seed=1), value=half(*heads, seed=2)),
         ),
+        "sparse_attention, two queries": (
+            _two_queries,
+            dict(
+                query=half(*heads),
+                second=half(*heads, seed=3),
+                key=half(*heads, seed=1),
+                value=half(*heads, seed=2),
+            ),
+        ),
+        "merge_states": (
+            _merged,
+            dict(
+                out_a=half(*heads),
+                lse_a=normal(3, 3, 3),
+                out_b=half(*heads, seed=1),
+                lse_b=normal(3, 3, 3, seed=1),
+            ),
+        ),
         "region_scores": (
             partial(ras_kernels.region_scores, pixels=4),
             dict(noise=half(3, 3, 16)),
@@ -250,6 +268,17 @@ def calls():
             ),
         ),
     }
+
+
+def _two_queries(query, second, key, value):
+    """All of it by row, so that row and row can be compared."""
+    outs, lses = ras_kernels.sparse_attention((query, second), key, value, return_lse=True)
+    return *outs, *(lse.transpose(1, 2) for lse in lses)
+
+
+def _merged(out_a, lse_a, out_b, lse_b):
+    out, lse = ras_kernels.merge_states(out_a, lse_a, out_b, lse_b)
+    return out, lse.transpose(1, 2)
 
 
 class Recorder(TorchDispatchMode):
