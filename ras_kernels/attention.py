@@ -105,13 +105,13 @@ def sparse_attention(
         raise TypeError(
             f"query must be a tensor or a pair of tensors; got a {type(query).__name__}"
         )
-    _check(queries[0], key, value, key_mask, key_lengths, scale)  # its shape is gone by below
     outs: Any = out if isinstance(query, tuple) or out is None else (out,)
     if outs is None:
         outs = tuple(_fake(one) for one in queries)
     elif not isinstance(outs, tuple) or len(outs) != len(queries):
         raise TypeError("out must be a tensor, or for a pair of queries a pair of tensors")
-    lses = tuple(_fake_lse(one) if return_lse else None for one in queries)
+    # Of a query of another shape, which is told of by the checks, there is none.
+    lses = tuple(_fake_lse(one) if return_lse and one.ndim == 4 else None for one in queries)
     none = (None,) * (2 - len(queries))
     _attention_into(
         *(*outs, *none, *lses, *none, *queries, *none),
@@ -165,6 +165,14 @@ def _check(
         check_finite(scale=scale)
 
 
+def _check_second(query: Tensor, second: Tensor) -> None:
+    if second.ndim != 4 or second[:, :0].shape != query[:, :0].shape:
+        raise ValueError(
+            f"the second query must have the first's shape but for K; got {shapes(query, second)}"
+        )
+    check_same(query=query, second=second)
+
+
 def _check_into(
     out: Tensor,
     second_out: Tensor | None,
@@ -179,18 +187,11 @@ def _check_into(
         if second_out is not None or second_lse is not None:
             raise ValueError("without a second query there is no second out, nor a second lse")
     else:
+        _check_second(query, second)
         if second_out is None or (second_lse is None) != (lse is None):
             raise ValueError(
                 "a second query needs a second out, and an lse where the first has one"
             )
-        if second.ndim != 4 or (*second.shape[:1], *second.shape[2:]) != (
-            *(query.shape[0], *query.shape[2:]),
-        ):
-            raise ValueError(
-                "the second query must have the first's shape but for K; got "
-                f"{shapes(query, second)}"
-            )
-        check_same(query=query, second=second)
     for one, written, sums in ((query, out, lse), (second, second_out, second_lse)):
         if one is None or written is None:
             continue
