@@ -60,6 +60,11 @@ def layer(hidden, noise, changes, ages, key, value, query_weight, weights, biase
     ras_kernels.norm_rotary_scatter_(
         key[:, :tokens], active, ras_kernels.gather_tokens(key, active), **options
     )
+    codes, scales = torch.zeros_like(key, dtype=torch.int8), torch.zeros_like(key[..., 0])
+    ras_kernels.quantize_tokens_(
+        codes[:, :tokens], scales[:, :tokens], active, ras_kernels.gather_tokens(key, active)
+    )
+    key = key + ras_kernels.dequantize_tokens(codes, scales, key.dtype)
     query = ras_kernels.norm_rotary((rows @ query_weight).unflatten(2, (heads, size)), **options)
     seen = torch.full((batch,), tokens + 1, dtype=torch.int32, device=key.device)
     output = ras_kernels.sparse_attention(query, key, value, key_lengths=seen).flatten(2)
