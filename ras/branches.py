@@ -10,7 +10,7 @@ from torch import Tensor
 from .branch import Branch
 from .config import RASConfig
 from .layout import Layout
-from .mount import Mount, cache_numbers
+from .mount import Mount, cache_bytes
 from .plan import Reuse
 from .site import KVCache
 
@@ -19,7 +19,8 @@ class Branches(dict[Any, Branch]):
     """The branches of a session by name, and what their keys and values may take up."""
 
     def __init__(self, config: RASConfig) -> None:
-        """Of `config` there count `max_cache_bytes`, `keep_caches` and `kv_correction`."""
+        """Of `config` there count `cache_dtype`, `max_cache_bytes`, `keep_caches` and
+        `kv_correction`."""
         super().__init__()
         self._config = config
         self._carries = config.kv_correction  # as far as is known, there is room for changes
@@ -58,8 +59,9 @@ class Branches(dict[Any, Branch]):
         """Make room for a branch; False if its keys and values are more than there may be."""
         carries = reuse is not Reuse.HELD and self._carries
         if caches and not branch.caches and self._config.max_cache_bytes is not None:
-            numbers = cache_numbers(mount.transformer, mount.family, layout)
-            kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
+            kind = self._config.cache_dtype or dtype
+            sizes = cache_bytes(mount.transformer, mount.family, layout, kind)
+            kept, changes = (len(latents) * size for size in sizes)
             if carries and kept + changes > self._bytes_left():
                 carries = self._carries = False
                 for cache in self.caches:
@@ -75,6 +77,7 @@ class Branches(dict[Any, Branch]):
             reuse=reuse,
             caches=caches,
             carries=carries,
+            cache_dtype=self._config.cache_dtype,
         )
         if self._config.keep_caches and caches:  # tell compilers: CUDA graphs may write to it
             for tensor in branch.held:

@@ -91,13 +91,18 @@ class ProcessorSlot:
             self._attn.set_processor(_original(self._attn.processor))
 
     def new_cache(
-        self, batch: int, layout: Layout, dtype: torch.dtype, device: torch.device, *, carries: bool
+        self,
+        batch: int,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        **options: Any,
     ) -> KVCache:
-        """Room for the layer's keys and values of all tokens."""
+        """Room for the layer's keys and values of all tokens, with the options of a `KVCache`."""
         heads, size = heads_of_keys(self._attn)
         text = layout.text if self._rows is Rows.JOINT else 0
         shape = batch, layout.tokens, heads, size
-        return KVCache(shape, layout.references, text, dtype, device, carries=carries)
+        return KVCache(shape, layout.references, text, dtype, device, **options)
 
     def use(self, cache: KVCache | None) -> None:
         """Keep keys and values there, until something else is said."""

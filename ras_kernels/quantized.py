@@ -68,6 +68,8 @@ def dequantize_tokens(
     Returns:
         `(B, S, G, D)`, contiguous.
     """
+    if not isinstance(dtype, torch.dtype):  # PyTorch takes some numbers for one
+        raise TypeError(f"dtype must be a torch.dtype; got a {type(dtype).__name__}")
     return _dequantize(codes, scales, change_codes, change_scales, gain, dtype)
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ras
+import ras_kernels
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -190,6 +191,19 @@ def test_bytes_by_hand():
         run(pipe, inputs)
         ages = SAMPLES * REGIONS * 4
         assert ras.stats(pipe).cache_bytes == 3 * 2 * key + kept + ages
+
+
+@pytest.mark.parametrize("family", ["sd3", "lumina"])
+@pytest.mark.parametrize("dtype", ras_kernels.CODES, ids=str)
+def test_bytes_of_caches_of_8_bits(family, dtype):
+    """They are those of what is alive; a quarter of float32's, and a scale for each head."""
+    pipe, inputs = FAMILIES[family]()
+    plain = after_each_step(pipe, inputs)
+    with ras.enabled(pipe, plan=PARTIAL, cache_dtype=dtype):
+        seen = after_each_step(pipe, inputs)
+        told = ras.stats(pipe).cache_bytes
+    sizes = [size(more(now, before)) for now, before in zip(seen, plain, strict=True)]
+    assert told == max(sizes) > 0 == sizes[-1]
 
 
 def test_bytes_are_of_the_last_run():
