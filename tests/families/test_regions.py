@@ -265,9 +265,8 @@ class RoundingTokens(Rounding):
 
 
 ROUNDED = [
-    *(("flux", Rounding), ("sd3", Rounding), ("lumina", Rounding), ("wan", Rounding)),
-    *(("qwen-edit", Rounding), ("z-image-padded", Rounding), ("flux2-reference", Rounding)),
-    *(("flux", Rounding8), ("sd3", Rounding8)),
+    *((name, Rounding) for name in ("flux", "sd3", "lumina", "wan", "qwen-edit")),
+    ("flux", Rounding8),
 ]
 
 

@@ -193,10 +193,9 @@ def test_bytes_by_hand():
         assert ras.stats(pipe).cache_bytes == 3 * 2 * key + kept + ages
 
 
-@pytest.mark.parametrize("family", ["sd3", "lumina"])
-@pytest.mark.parametrize("dtype", ras_kernels.CODES, ids=str)
+@pytest.mark.parametrize("family, dtype", zip(("sd3", "lumina"), ras_kernels.CODES))
 def test_bytes_of_caches_of_8_bits(family, dtype):
-    """They are those of what is alive; a quarter of float32's, and a scale for each head."""
+    """They are those of what is alive: numbers of a byte, and a scale for each head."""
     pipe, inputs = FAMILIES[family]()
     plain = after_each_step(pipe, inputs)
     with ras.enabled(pipe, plan=PARTIAL, cache_dtype=dtype):
