@@ -21,7 +21,7 @@ from .family import Family
 from .fingerprint import differences, of_model
 from .layout import Layout
 from .masks import as_mask
-from .mount import Mount, cache_numbers
+from .mount import Mount, cache_bytes
 from .others import cache_on
 from .plan import Reuse, RunPlan
 from .policy.planner import plan_run
@@ -266,9 +266,10 @@ def plan(
     planned = plan_run(config, clock, layout, None if masked is None else masked.shape[1])
     if not planned.partial or transformer is None:
         return planned
-    kept, changes = cache_numbers(transformer, family, layout)
-    numbers = kept + (changes if config.kv_correction and planned.reuse is not Reuse.HELD else 0)
-    return dataclasses.replace(planned, cache_bytes=numbers * transformer.dtype.itemsize)
+    kind = config.cache_dtype or transformer.dtype
+    kept, changes = cache_bytes(transformer, family, layout, kind)
+    carries = config.kv_correction and planned.reuse is not Reuse.HELD
+    return dataclasses.replace(planned, cache_bytes=kept + changes * carries)
 
 
 def _usual_layout(

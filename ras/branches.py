@@ -10,7 +10,7 @@ from torch import Tensor
 from .branch import Branch
 from .config import RASConfig
 from .layout import Layout
-from .mount import Mount, cache_numbers
+from .mount import Mount, cache_bytes
 from .plan import Reuse
 from .site import KVCache
 
@@ -26,7 +26,7 @@ class Branches(dict[Any, Branch]):
     def use(self, config: RASConfig) -> None:
         """Keep what a run is going to reuse by these settings, and nothing by others.
 
-        There count `max_cache_bytes`, `keep_caches` and `kv_correction`.
+        There count `cache_dtype`, `max_cache_bytes`, `keep_caches` and `kv_correction`.
         """
         if self and _of_caches(config) != _of_caches(self._config):
             self.clear()
@@ -69,8 +69,9 @@ class Branches(dict[Any, Branch]):
         if caches and not branch.caches and self._config.max_cache_bytes is not None:
             for name in [name for name, each in self.items() if each.step < 0]:
                 del self[name]  # kept from another run
-            numbers = cache_numbers(mount.transformer, mount.family, layout)
-            kept, changes = (len(latents) * number * dtype.itemsize for number in numbers)
+            kind = self._config.cache_dtype or dtype
+            sizes = cache_bytes(mount.transformer, mount.family, layout, kind)
+            kept, changes = (len(latents) * size for size in sizes)
             if carries and kept + changes > self._bytes_left():
                 carries = self._carries = False
                 for cache in self.caches:
@@ -86,6 +87,7 @@ class Branches(dict[Any, Branch]):
             reuse=reuse,
             caches=caches,
             carries=carries,
+            cache_dtype=self._config.cache_dtype,
         )
         if self._config.keep_caches and caches:  # tell compilers: CUDA graphs may write to it
             for tensor in branch.held:
@@ -120,4 +122,4 @@ class Branches(dict[Any, Branch]):
 
 
 def _of_caches(config: RASConfig) -> tuple[Any, ...]:
-    return config.max_cache_bytes, config.keep_caches, config.kv_correction
+    return config.cache_dtype, config.max_cache_bytes, config.keep_caches, config.kv_correction

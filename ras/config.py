@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from ras_kernels import METRICS
+import torch
 
-from .checks import check_count, check_number, check_whole, shown
+from ras_kernels import CODES, METRICS
+
+from .checks import check_count, check_kind, check_number, check_whole, shown
 from .plan import Plan, as_plan
 
 DEFAULT_SPEEDUP = 2.0
@@ -67,6 +69,10 @@ class RASConfig:
         keep_caches: Whether caches stay between runs of one size and plan, at the same addresses,
             as CUDA graphs need (`mode="reduce-overhead"`, `torch.cuda.graph`); otherwise they are
             freed after a run's last step, before images are decoded.
+        cache_dtype: What keys, values and their changes are kept in: None for the model's dtype,
+            `torch.int8` or `torch.float8_e4m3fn` for half of that or less, as codes with a float32
+            scale for each token and head (see `ras_kernels.quantize_tokens_`). Steps of all tokens
+            stay as they are; partial ones attend to what the codes stand for.
         max_cache_bytes: The most that a run's keys and values, and the masks that go with them, may
             take up on the device. How they change (`kv_correction`) is kept where there is room
             for it; where there is none for keys and values themselves, steps are whole. None sets
@@ -95,6 +101,7 @@ class RASConfig:
     kv_correction: bool = True
     reuse_text: bool = False
     keep_caches: bool = False
+    cache_dtype: torch.dtype | None = None
     max_cache_bytes: int | None = None
     mask_margin: int = 1
     preserve: bool = False
@@ -155,6 +162,11 @@ class RASConfig:
         for name in ("kv_correction", "reuse_text", "keep_caches", "preserve"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {shown(getattr(self, name))}")
+        kinds = f"{', '.join(map(str, CODES))}, or None for the model's own dtype"
+        if self.cache_dtype is not None:
+            check_kind("cache_dtype", self.cache_dtype, torch.dtype, kinds)
+            if self.cache_dtype not in CODES:
+                raise ValueError(f"cache_dtype must be {kinds}; got {self.cache_dtype}")
         if self.max_cache_bytes is not None:
             check_count("max_cache_bytes", self.max_cache_bytes, 0, 2**63 - 1)
         check_count("mask_margin", self.mask_margin, 0)

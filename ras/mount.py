@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import math
 import pickle
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+import ras_kernels
 
 from .branch import Branch, Call
 from .callers import Turn, calling_pipeline
@@ -211,6 +212,7 @@ class Mount:
         reuse: Reuse,
         caches: bool = True,
         carries: bool = False,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         """Make room for a branch's noise, and for its keys and values if it is to keep them.
 
@@ -222,6 +224,7 @@ class Mount:
             reuse: Of the run.
             caches: Whether to keep keys and values, in the place of those there are.
             carries: Whether to keep how these change.
+            cache_dtype: Of keys, values and their changes, `dtype` if None.
         """
         channels = self.transformer.get_submodule(self.family.leave).out_features
         shape = batch, layout.tokens, channels
@@ -233,7 +236,15 @@ class Mount:
         ranks = ranks_of(self.transformer)
         size = 1 if ranks is None else ranks.size
         branch.caches = branch.caches or [
-            layer.new_cache(batch, layout, dtype, device, carries=carries, ranks=size)
+            layer.new_cache(
+                batch,
+                layout,
+                dtype,
+                device,
+                carries=carries,
+                ranks=size,
+                cache_dtype=cache_dtype,
+            )
             for layer in self._layers
         ]
 
@@ -449,12 +460,19 @@ class Mount:
             inherited(self.transformer, *args, **kwargs)
 
 
-def cache_numbers(transformer: Any, family: Family, layout: Layout) -> tuple[int, int]:
-    """How many numbers a sample's keys and values are in one branch, and their changes."""
+def cache_bytes(
+    transformer: Any, family: Family, layout: Layout, dtype: torch.dtype
+) -> tuple[int, int]:
+    """What a sample's keys and values of a dtype take up in one branch, and their changes.
+
+    Of codes of 8 bits, the scales are among it.
+    """
     kept = changes = 0
+    scale = torch.float32.itemsize if dtype in ras_kernels.CODES else 0
     for attn, rows in family.attention_layers(transformer):
         tokens = layout.sequence if rows is Rows.JOINT else layout.image
-        size = 2 * math.prod(heads_of_keys(attn))
+        heads, width = heads_of_keys(attn)
+        size = 2 * heads * (width * dtype.itemsize + scale)
         kept, changes = kept + tokens * size, changes + layout.image * size
     ranks = ranks_of(transformer)
     return (kept, changes) if ranks is None else (kept // ranks.size, changes // ranks.size)

@@ -80,7 +80,7 @@ class SD3AttnProcessor(RASAttnProcessor):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The queries, `(B, n, H, D)` of the image and the text, and all keys and values."""
         fused = isinstance(self.ras_original, FusedJointAttnProcessor2_0)
-        if not fused:
+        if not fused and not cache.compressed:
             together = _all_projections(attn, image, text)
             if together is not None:
                 query, text_query, key, value = cache.project(together, walk)

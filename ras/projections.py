@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ras_kernels
 
-from .tokens import write
+from .kept import Kept
 
 KeyValue = tuple[Tensor, Tensor]
 NORMS = {
@@ -42,22 +42,21 @@ class Projected:
     value: Tensor
     finish: dict[str, Any] = field(default_factory=dict)
 
-    def put(self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None) -> None:
-        """Write them to rows of the caches.
-
-        Args:
-            kept: The caches, `(B, N, G, D)`.
-            changes: Of the same shape: their rows are set to what is added to those of `kept`.
-            index: `(B, n)` rows, or None for all, in order.
-        """
-        key_changes, value_changes = (None, None) if changes is None else changes
-        if self.finish:
+    def put(self, key: Kept, value: Kept, index: Tensor | None) -> None:
+        """Write them to rows `(B, n)` of the caches, or to all (None), in order."""
+        if self.finish and key.scales is None:
             ras_kernels.norm_rotary_scatter_(
-                kept[0], index, self.key, **self.finish, changes=key_changes
+                key.rows, index, self.key, **self.finish, changes=key.changes
             )
         else:
-            _put(kept[0], key_changes, index, self.key)
-        _put(kept[1], value_changes, index, self.value)
+            key.write(index, self.plain().key)
+        value.write(index, self.value)
+
+    def plain(self) -> Projected:
+        """The same with nothing left to be done."""
+        if not self.finish:
+            return self
+        return Projected(ras_kernels.norm_rotary(self.key, **self.finish), self.value)
 
 
 @dataclass(frozen=True)
@@ -67,26 +66,33 @@ class Projection:
     Attributes:
         tokens: `(B, n, C)`.
         to_key, to_value: Plain layers.
+        heads: G.
     """
 
     tokens: Tensor
     to_key: nn.Linear
     to_value: nn.Linear
+    heads: int
 
-    def put(self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None) -> None:
+    def put(self, key: Kept, value: Kept, index: Tensor | None) -> None:
         """Write them to rows of the caches, see `Projected.put`."""
-        key_changes, value_changes = changes or (None, None)
         ras_kernels.linear_scatter_(
-            *kept,
+            key.rows,
+            value.rows,
             index,
             self.tokens,
             key_weight=self.to_key.weight,
             value_weight=self.to_value.weight,
             key_bias=self.to_key.bias,
             value_bias=self.to_value.bias,
-            key_changes=key_changes,
-            value_changes=value_changes,
+            key_changes=key.changes,
+            value_changes=value.changes,
         )
+
+    def plain(self) -> Projected:
+        """They themselves, before they are in any cache."""
+        key, value = (layer(self.tokens) for layer in (self.to_key, self.to_value))
+        return Projected(_heads(key, self.heads), _heads(value, self.heads))
 
 
 @dataclass(frozen=True)
@@ -103,28 +109,26 @@ class JointProjection:
     text: Tensor | None
     text_layers: Sequence[nn.Linear]
 
-    def put(
-        self, kept: KeyValue, changes: KeyValue | None, index: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def put(self, key: Kept, value: Kept, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Write keys and values as `Projected.put` does, the text's to the last rows.
 
         Returns:
             The queries of the image and of the text, `(B, n, H * D)`.
         """
-        key_changes, value_changes = changes or (None, None)
         text: dict[str, Any] = {}
         if self.text is not None:
             text["text"] = self.text
             text["text_weights"] = [layer.weight for layer in self.text_layers]
             text["text_biases"] = [layer.bias for layer in self.text_layers]
         return ras_kernels.qkv_scatter_(
-            *kept,
+            key.rows,
+            value.rows,
             index,
             self.tokens,
             weights=[layer.weight for layer in self.layers],
             biases=[layer.bias for layer in self.layers],
-            key_changes=key_changes,
-            value_changes=value_changes,
+            key_changes=key.changes,
+            value_changes=value.changes,
             **text,
         )
 
@@ -183,7 +187,7 @@ def keys_and_values(
     """
     layers = to_key, to_value
     if norm is None and rotary is None and all(_is_plain_linear(each, tokens) for each in layers):
-        return Projection(tokens, to_key, to_value)
+        return Projection(tokens, to_key, to_value, heads)
     key, value = to_key(tokens), _heads(to_value(tokens), heads)
     finish = _finish(key, norm, across_heads, rotary)
     if finish:
@@ -242,11 +246,3 @@ def _is_plain(module: nn.Module, tokens: Tensor) -> bool:
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
     return rearrange(projected, "b n (h d) -> b n h d", h=heads)
-
-
-def _put(kept: Tensor, changes: Tensor | None, index: Tensor | None, rows: Tensor) -> None:
-    rows = rows.to(kept.dtype)  # with autocast a norm may return another than its layer
-    if changes is not None:
-        ras_kernels.update_tokens_(kept, changes, index, rows)
-    else:
-        write(kept, index, rows)

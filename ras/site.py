@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-import ras_kernels
-
+from .kept import Kept, read
 from .layout import Layout
 from .output import HeldTokens
 from .parallel import Share
 from .projections import JointProjection, KeyValue, Projected, Projection
-from .tokens import room, there
+from .tokens import there
 
 
 @dataclass(frozen=True)
@@ -85,23 +84,24 @@ class KVCache:
         device: torch.device,
         *,
         carries: bool,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         """Make room; `update` with all tokens is what fills it.
 
         Args:
             shape: `(B, N, G, D)`, of the noise tokens' keys.
             references, text: R and T, those that are attended to with them.
-            dtype, device: Of what is kept.
-            carries: Whether to keep how they change.
+            dtype, device: Of keys and values.
+            carries: Whether to keep how they change, the text's left out.
+            cache_dtype: Of what is kept, `dtype` if None.
         """
-        batch, self._noise_tokens, *rest = shape
-        moving = (batch, self._noise_tokens + references, *rest)
-        rows = (batch, self._noise_tokens + references + text, *rest)
-        self._kept = room(None, rows, dtype, device), room(None, rows, dtype, device)
-        self._changes: KeyValue | None = None  # (B, N + R, G, D), all last changes but the text's
-        if carries:
-            changes = room(None, moving, dtype, device), room(None, moving, dtype, device)
-            self._changes = changes
+        batch, tokens, *row = shape
+        self._noise_tokens, self._dtype = tokens, dtype
+        moving = tokens + references if carries else None
+        rows = (batch, tokens + references + text, *row)
+        self._key, self._value = (
+            Kept.zeros(rows, moving, cache_dtype or dtype, device) for _ in range(2)
+        )
         self.mask: Tensor | None = None
         """What the last step of all tokens was masked by: the model's own, one for all its layers
         where it makes but one."""
@@ -109,12 +109,17 @@ class KVCache:
     @property
     def length(self) -> int:
         """N + R + T."""
-        return self._kept[0].shape[1]
+        return self._key.rows.shape[1]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether codes of 8 bits are kept."""
+        return self._key.scales is not None
 
     @property
     def heads(self) -> int:
         """G."""
-        return self._kept[0].shape[2]
+        return self._key.rows.shape[2]
 
     def update(
         self,
@@ -125,6 +130,31 @@ class KVCache:
     ) -> KeyValue:
         """Write this step's keys and values and return those of all tokens.
 
+        See `write`. A step of all tokens gets what it wrote, before that was rounded to codes.
+        """
+        if not self.compressed:
+            self.write(image, text, walk, references)
+            return self.read(walk)
+        fresh, words = image.plain(), None if text is None else text.plain()
+        self.write(fresh, words, walk, references)
+        if walk.active is not None:
+            return self.read(walk)
+        parts = [part for part in (fresh, references, words) if part is not None]
+        key, value = (
+            torch.cat([getattr(part, name) for part in parts], 1).to(self._dtype)
+            for name in ("key", "value")
+        )
+        return key, value
+
+    def write(
+        self,
+        image: Projected | Projection,
+        text: Projected | Projection | None,
+        walk: Walk,
+        references: Projected | None = None,
+    ) -> None:
+        """Write this step's keys and values.
+
         Args:
             image: Of the noise tokens that walk, `(B, k, G, D)`, or of all, `(B, N, G, D)`.
             text: Of the text tokens, `(B, T, G, D)`, if they are attended to with the image and
@@ -133,40 +163,39 @@ class KVCache:
             references: Of the reference tokens that walk, `(B, r, G, D)` or `(B, R, G, D)`, where
                 there are any.
         """
-        key, value = self._kept
-        tokens, active = self._noise_tokens, there(walk.active, key)
-        image.put(_rows((key, value), 0, tokens), _rows(self._changes, 0, tokens), active)
+        tokens, active = self._noise_tokens, there(walk.active, self._key.rows)
+        moving = tokens + walk.layout.references
+        image.put(*self._part(0, tokens), active)
         if references is not None:
-            span = tokens, tokens + walk.layout.references
-            index = None if active is None else there(walk.references, key)
-            references.put(_rows((key, value), *span), _rows(self._changes, *span), index)
+            index = None if active is None else there(walk.references, self._key.rows)
+            references.put(*self._part(tokens, moving), index)
         if text is not None:
-            start = tokens + walk.layout.references
-            text.put((key[:, start:], value[:, start:]), None, None)
-        return self._carried_on(walk)
+            text.put(*self._part(moving, self.length), None)
 
     def project(
         self, projection: JointProjection, walk: Walk
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Do `update` with what is projected here, where there are no references.
+        """Do `update` with what is projected here, into rows that are no codes, where there are no
+        references.
 
         Returns:
             The queries, of the image and of the text, and the keys and values of all tokens.
         """
-        active = there(walk.active, self._kept[0])
-        queries = projection.put(self._kept, self._changes, active)
-        return *queries, *self._carried_on(walk)
+        active = there(walk.active, self._key.rows)
+        queries = projection.put(self._key, self._value, active)
+        return *queries, *self.read(walk)
 
-    def _carried_on(self, walk: Walk) -> KeyValue:
-        key, value = self._kept
-        if walk.kv_gain is None or self._changes is None:
-            return key, value
-        gain = walk.kv_gain.to(key.device)
-        return ras_kernels.carry_keys_and_values(key, value, *self._changes, gain)
+    def read(self, walk: Walk) -> KeyValue:
+        """Keys and values of all tokens, carried on where the walk says so."""
+        gain = None if walk.kv_gain is None else walk.kv_gain.to(self._key.rows.device)
+        return read(self._key, self._value, gain, self._dtype)
+
+    def _part(self, begin: int, end: int) -> tuple[Kept, Kept]:
+        return self._key.part(begin, end), self._value.part(begin, end)
 
     def forget_changes(self) -> None:
         """Hold keys and values as they are from now on."""
-        self._changes = None
+        self._key, self._value = self._key.without_changes(), self._value.without_changes()
 
     def reset(self) -> None:
         """Forget what was, where it is."""
@@ -176,12 +205,7 @@ class KVCache:
     @property
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        return [*self._kept, *(self._changes or ())]
-
-
-def _rows(pair: KeyValue | None, begin: int, end: int) -> Any:
-    """The rows of keys and values from `begin` to `end`, if there are any."""
-    return None if pair is None else (pair[0][:, begin:end], pair[1][:, begin:end])
+        return [*self._key.tensors, *self._value.tensors]
 
 
 class Site:
@@ -256,7 +280,7 @@ class Site:
         walk, cache = self.walk(), self.cache
         assert walk is not None and cache is not None
         joint = cache.length > walk.layout.image
-        kept = _update(walk, cache, dim, (key, value), text)
+        _write(walk, cache, dim, (key, value), text)
         mask = args[0] if args else kw.get("attn_mask")
         if walk.active is None:
             cache.mask = mask
@@ -264,7 +288,7 @@ class Site:
         if cache.mask is not None:
             mask = _cache_order(_of_queries(cache.mask, walk, joint, text), walk, joint)
             args, kw = ((mask, *args[1:]), kw) if args else (args, {**kw, "attn_mask": mask})
-        repeats = key.shape[3 - dim] // cache.heads
+        kept, repeats = cache.read(walk), key.shape[3 - dim] // cache.heads
         key, value = (_as_heads(part, repeats, dim, like) for part, like in zip(kept, (key, value)))
         return inner(query, key, value, *args, **kw)
 
@@ -317,7 +341,7 @@ def _itself(original: Any) -> Any:
     return original
 
 
-def _update(walk: Walk, cache: KVCache, dim: int, fresh: KeyValue, text: int) -> KeyValue:
+def _write(walk: Walk, cache: KVCache, dim: int, fresh: KeyValue, text: int) -> None:
     """Write keys and values in the order of the model, of which `text` rows are the text's."""
     repeats = fresh[0].shape[3 - dim] // cache.heads
     rows = [part.transpose(1, dim)[:, :, ::repeats] for part in fresh]  # (B, n, G, D)
@@ -332,7 +356,7 @@ def _update(walk: Walk, cache: KVCache, dim: int, fresh: KeyValue, text: int) ->
 
     image = part(start, ends[0])
     assert image is not None
-    return cache.update(image, part(first_text, first_text + text), walk, part(*ends))
+    cache.write(image, part(first_text, first_text + text), walk, part(*ends))
 
 
 def _of_queries(mask: Tensor, walk: Walk, joint: bool, text: int) -> Tensor:

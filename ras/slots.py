@@ -96,19 +96,20 @@ class ProcessorSlot:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        carries: bool,
         ranks: int = 1,
+        **options: Any,
     ) -> KVCache:
         """Room for the layer's keys and values of all tokens, where it computes.
 
-        `device` is where it does if nobody says so, and `ranks` share its heads.
+        `device` is where it does if nobody says so, `ranks` share its heads, and the options are
+        those of a `KVCache`.
         """
         heads, size = heads_of_keys(self._attn)
         heads //= ranks
         text = layout.text if self._rows is Rows.JOINT else 0
         shape = batch, layout.tokens, heads, size
         device = device_of(self._attn, device)
-        return KVCache(shape, layout.references, text, dtype, device, carries=carries)
+        return KVCache(shape, layout.references, text, dtype, device, **options)
 
     def use(self, cache: KVCache | None) -> None:
         """Keep keys and values there, until something else is said."""

@@ -11,23 +11,27 @@ checked on the CPU alone, since reading it would stall a GPU; RAS_KERNELS_CHECK_
 environment has it checked there, too).
 """
 
+from ._codes import CODES
 from ._triton import backend, supports
 from .attention import sparse_attention
 from .changes import carry_keys_and_values, carry_tokens, update_tokens_
 from .drift import drift_scores, update_drift_
 from .linear import linear_scatter_, qkv_scatter_
 from .norm import NORMS, norm_rotary, norm_rotary_scatter_
+from .quantized import dequantize_tokens, quantize_tokens_
 from .regions import METRICS, region_scores, select_regions
 from .rows import gather_tokens, scatter_tokens_
 from .states import merge_states
 
 __version__ = "0.1.0"
 __all__ = [
+    "CODES",
     "METRICS",
     "NORMS",
     "backend",
     "carry_keys_and_values",
     "carry_tokens",
+    "dequantize_tokens",
     "drift_scores",
     "gather_tokens",
     "linear_scatter_",
@@ -35,6 +39,7 @@ __all__ = [
     "norm_rotary",
     "norm_rotary_scatter_",
     "qkv_scatter_",
+    "quantize_tokens_",
     "region_scores",
     "scatter_tokens_",
     "select_regions",

@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "float": ((Real, torch.SymFloat, torch.SymInt), "a number"),
     "int": ((Integral, torch.SymInt), "a whole number"),
     "str": (str, "text"),
+    "ScalarType": (torch.dtype, "a torch.dtype"),
 }
 """What an op's schema declares arguments as, and what that means."""
 
@@ -27,7 +28,7 @@ KINDS: dict[str, tuple[Any, str]] = {
 def check_types(schema: Any, args: tuple[Any, ...]) -> None:
     """Raise TypeError, with the name, for an argument of an op that is not of its schema's type."""
     for argument, value in zip(schema.arguments, args):
-        declared = str(argument.type)
+        declared = str(argument.real_type)
         optional = declared.startswith("Optional")
         kind, what = KINDS[declared.removeprefix("Optional[").removesuffix("]")]
         if isinstance(value, kind) or (optional and value is None):

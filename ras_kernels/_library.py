@@ -72,8 +72,9 @@ def register(
 
     def checked_plan(*args: Any) -> Run:
         check(*args)
-        tensors = (value for value in args if isinstance(value, Tensor))
-        known = all(supports(tensor.device, tensor.dtype) for tensor in tensors)
+        kinds = [(value.device, value.dtype) for value in args if isinstance(value, Tensor)]
+        kinds += [(args[0].device, value) for value in args if isinstance(value, torch.dtype)]
+        known = all(supports(*kind) for kind in kinds)
         return looking((plan(*args) if known else None) or reference)
 
     PLANS[name] = checked_plan

@@ -16,6 +16,10 @@ from torch.nn import functional as F
 
 LEAST_GAP = 1e-6
 """Two positions nearer than that count as so far apart, so that no pace is infinite."""
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""What the largest of a row becomes in codes of each dtype."""
+LEAST_ROW = 2.0**-117
+"""Rows of less are zeros in codes: so small a scale would be no normal number in float32."""
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -54,6 +58,51 @@ def carry_keys_and_values(
     key: Tensor, value: Tensor, key_changes: Tensor, value_changes: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     return carry_tokens(key, key_changes, gain), carry_tokens(value, value_changes, gain)
+
+
+def quantize_tokens_(
+    codes: Tensor,
+    scales: Tensor,
+    change_codes: Tensor | None,
+    change_scales: Tensor | None,
+    index: Tensor | None,
+    rows: Tensor,
+) -> None:
+    if index is None:
+        index = torch.arange(rows.shape[1], device=rows.device)[None]
+    if change_codes is not None and change_scales is not None:
+        there = gather_tokens(codes, index), gather_tokens(scales, index)
+        _put_codes(change_codes, change_scales, index, rows.float() - _values(*there))
+    _put_codes(codes, scales, index, rows.float())
+
+
+def _put_codes(codes: Tensor, scales: Tensor, index: Tensor, rows: Tensor) -> None:
+    most = LARGEST_CODE[codes.dtype]
+    largest, spoilt = rows.abs().amax(dim=3), ~rows.isfinite().all(dim=3)
+    scale = torch.where((largest >= LEAST_ROW) & ~spoilt, largest / most, 0.0)
+    fits = scale > 0
+    ratio = torch.where(fits[..., None], rows / torch.where(fits, scale, 1.0)[..., None], 0.0)
+    ratio = ratio.round() if codes.dtype == torch.int8 else ratio
+    scatter_tokens_(codes, index, ratio.to(codes.dtype))
+    scatter_tokens_(scales, index, scale.masked_fill(spoilt, torch.nan))
+
+
+def _values(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.float() * scales[..., None]
+
+
+def dequantize_tokens(
+    codes: Tensor,
+    scales: Tensor,
+    change_codes: Tensor | None,
+    change_scales: Tensor | None,
+    gain: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    tokens = _values(codes, scales)
+    if change_codes is not None and change_scales is not None and gain is not None:
+        tokens = carry_tokens(tokens, _values(change_codes, change_scales), gain)
+    return tokens.to(dtype).contiguous()
 
 
 def sparse_attention(

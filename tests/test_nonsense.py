@@ -168,6 +168,7 @@ WELCOME = {
     "RASConfig.kv_correction": {"true"},
     "RASConfig.reuse_text": {"true"},
     "RASConfig.keep_caches": {"true"},
+    "RASConfig.cache_dtype": {"none"},
     "RASConfig.preserve": {"true"},
     "RASConfig.max_cache_bytes": {"none", "0"},
     "RASConfig.mask_margin": {"0"},
@@ -286,13 +287,21 @@ TAKEN = {
 
 
 ONE_OF_TWO = {"norm_rotary.norm", "norm_rotary_scatter_.norm"} | {
-    f"linear_scatter_.{name}" for name in ("key_bias", "value_bias", "key_changes", "value_changes")
+    f"{op}.{name}"
+    for op, names in {
+        "linear_scatter_": ("key_bias", "value_bias", "key_changes", "value_changes"),
+        "quantize_tokens_": ("change_codes", "change_scales"),
+        "dequantize_tokens": ("change_codes", "change_scales", "gain"),
+    }.items()
+    for name in names
 }
 """Where None is right, but not beside the other one."""
 
 
 def op_cases():
-    for name in sorted(set(ras_kernels.__all__) - {"METRICS", "NORMS", "backend", "supports"}):
+    for name in sorted(
+        set(ras_kernels.__all__) - {"CODES", "METRICS", "NORMS", "backend", "supports"}
+    ):
         for parameter in parameters(getattr(ras_kernels, name)):
             yield f"{name}.{parameter}"
 

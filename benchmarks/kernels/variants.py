@@ -26,13 +26,15 @@ from ras_kernels import (
     flash,
     linear,
     norm,
+    quantized,
     regions,
     rows,
     states,
 )
 from ras_kernels._checks import FLOATS
+from ras_kernels._codes import CODES
 
-MODULES = changes, drift, flash, linear, norm, regions, rows, states
+MODULES = changes, drift, flash, linear, norm, quantized, regions, rows, states
 BATCH, TOKENS, TEXT, ACTIVE = 2, 4096, 333, 1024  # SD3 at 1024 x 1024, a quarter of it active
 HEAD_SIZES = range(8, 257, 8)  # of which those are kept that the rules treat differently
 SHORT = {
@@ -212,6 +214,32 @@ def carry_calls() -> Iterator[Call]:
         yield Call("carry_keys_and_values", dtype, f"C {columns}", run)
 
 
+def quantized_calls() -> Iterator[Call]:
+    """Rows of all dtypes into codes of both and out again, with changes and without."""
+    for dtype, codes, (heads, size), changed, number in itertools.product(
+        FLOATS,
+        CODES,
+        ((24, 64), (40, 128), (8, 72), (3, 15)),
+        (False, True),
+        (torch.int64, torch.int32, None),
+    ):
+        cache = empty(BATCH, TOKENS, heads, size, dtype=codes)
+        scales = empty(BATCH, TOKENS, heads, dtype=torch.float32)
+        beside = (cache, scales) if changed else (None, None)
+        text = f"{heads} x {size}, {'int8' if codes == torch.int8 else 'e4m3'}"
+        text += ", changes" * changed
+        at, which, count = None, ", all", TOKENS
+        if number is not None:
+            at, which, count = index(number), f", {SHORT[number]} index", ACTIVE
+        rows = empty(BATCH, count, heads, size, dtype=dtype)
+        run = partial(quantized._plan_quantize, cache, scales, *beside, at, rows)
+        yield Call("quantize_tokens_", dtype, text + which, run)
+        if number is None:
+            gain = empty(BATCH, TOKENS, dtype=torch.float32) if changed else None
+            run = partial(quantized._plan_dequantize, cache, scales, *beside, gain, dtype)
+            yield Call("dequantize_tokens", dtype, text, run)
+
+
 def linear_calls() -> Iterator[Call]:
     """Keys and values; with queries, and with the text's, as many as models have."""
     choices = itertools.product(FLOATS, (1536, 1533), *[(False, True)] * 5)
@@ -342,6 +370,7 @@ OPS: dict[str, Callable[[], Iterator[Call]]] = {
     "rows": copy_calls,
     "update": update_calls,
     "carry": carry_calls,
+    "quantized": quantized_calls,
     "linear": linear_calls,
     "drift": drift_calls,
     "norm": norm_calls,

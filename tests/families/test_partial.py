@@ -89,7 +89,7 @@ def text_rows(pipe):
     """The text's keys in each layer's cache."""
     (branch,) = session_of(pipe)._branches.values()
     caches = branch.caches
-    return torch.stack([cache._kept[0][:, cache._noise_tokens :] for cache in caches])
+    return torch.stack([cache._key.rows[:, cache._noise_tokens :] for cache in caches])
 
 
 @pytest.mark.parametrize("stays", [False, True])

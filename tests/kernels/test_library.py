@@ -64,6 +64,11 @@ def layer(hidden, noise, changes, ages, key, value, query_weight, weights, biase
     ras_kernels.norm_rotary_scatter_(
         key[:, :tokens], active, ras_kernels.gather_tokens(key, active), **options
     )
+    codes, scales = torch.zeros_like(key, dtype=torch.int8), torch.zeros_like(key[..., 0])
+    ras_kernels.quantize_tokens_(
+        codes[:, :tokens], scales[:, :tokens], active, ras_kernels.gather_tokens(key, active)
+    )
+    key = key + ras_kernels.dequantize_tokens(codes, scales, key.dtype)
     query = ras_kernels.norm_rotary(query.unflatten(2, (heads, size)), **options)
     moved = key_changes[:, :tokens], value_changes[:, :tokens]
     key, value = ras_kernels.carry_keys_and_values(key, value, *moved, ages / 3)

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import torch
-from support.operands import COMPUTED, LAYER_NORM, laid
+from support.operands import COMPUTED, LAYER_NORM, codes_of, laid
 
 import ras_kernels
 from ras_kernels import _checks
@@ -237,6 +237,22 @@ def right():
             **{name: x(2, 5, 3) for name in ("key_changes", "value_changes")},
             "gain": x(2, 5),
         },
+        "quantize_tokens_": {
+            "codes": codes_of(2, 6, 3, 4)[0],
+            "scales": codes_of(2, 6, 3, 4)[1],
+            "change_codes": codes_of(2, 6, 3, 4)[0],
+            "change_scales": codes_of(2, 6, 3, 4)[1],
+            "index": INDEX,
+            "rows": x(2, 2, 3, 4),
+        },
+        "dequantize_tokens": {
+            "codes": codes_of(2, 6, 3, 4)[0],
+            "scales": codes_of(2, 6, 3, 4)[1],
+            "dtype": torch.float16,
+            "change_codes": codes_of(2, 5, 3, 4)[0],
+            "change_scales": codes_of(2, 5, 3, 4)[1],
+            "gain": x(2, 5),
+        },
         "sparse_attention": {"query": x(2, 2, 4, 8), "key": x(2, 5, 2, 8), "value": x(2, 5, 2, 8)},
         "region_scores": {"noise": x(2, 3, 8), "pixels": 4},
         "update_drift_": {
@@ -283,6 +299,7 @@ def test_right_arguments_are_taken(name):
 
 
 TAKEN = {
+    *(("quantize_tokens_", part, "float16") for part in ("rows",)),
     ("gather_tokens", "float16"),
     ("gather_tokens", "int16"),
     ("region_scores", "float16"),
@@ -353,6 +370,35 @@ def expanded(name, argument):
             r"key must .*\(2, 7, 3\)",
         ),
         ("carry_keys_and_values", {"gain": x(2, 6)}, r"gain .*\(2, 6\)"),
+        ("quantize_tokens_", {"codes": x(2, 6, 3, 4).byte()}, "codes .*int8 .*uint8"),
+        ("quantize_tokens_", {"rows": x(2, 3, 3, 4)}, r"rows .*\(2, 2, 3, 4\).*\(2, 3, 3, 4\)"),
+        ("quantize_tokens_", {"index": None}, r"rows .*\(2, 6, 3, 4\).*\(2, 2, 3, 4\)"),
+        ("quantize_tokens_", {"scales": x(2, 6)}, r"scales .*\(2, 6, 3\).*\(2, 6\)"),
+        ("quantize_tokens_", {"change_scales": None}, "change_codes and change_scales"),
+        ("quantize_tokens_", {"change_scales": x(2, 6)}, r"change_scales .*\(2, 6, 3\).*\(2, 6\)"),
+        (
+            "quantize_tokens_",
+            dict(zip(("change_codes", "change_scales"), codes_of(2, 5, 3, 4))),
+            r"change_codes .*\(2, 6, 3, 4\).*\(2, 5, 3, 4\)",
+        ),
+        (
+            "quantize_tokens_",
+            {"change_codes": codes_of(2, 6, 3, 4, dtype=torch.float8_e4m3fn)[0]},
+            "change_codes is .*float8_e4m3fn.*codes is .*int8",
+        ),
+        *(
+            expanded("quantize_tokens_", argument)
+            for argument in ("codes", "scales", "change_codes", "change_scales")
+        ),
+        ("dequantize_tokens", {"dtype": torch.int8}, "dtype must be float32.*int8"),
+        ("dequantize_tokens", {"gain": None}, "change_codes, change_scales and gain together"),
+        ("dequantize_tokens", {"gain": x(2, 6)}, r"gain .*\(2, 5\).*\(2, 6\)"),
+        ("dequantize_tokens", {"codes": x(2, 6, 4).char()}, r"codes .*\(B, N, G, D\).*\(2, 6, 4\)"),
+        (
+            "dequantize_tokens",
+            dict(zip(("change_codes", "change_scales"), codes_of(2, 7, 3, 4))) | {"gain": x(2, 7)},
+            r"change_codes .*\(2, 6, 3, 4\).*\(2, 7, 3, 4\)",
+        ),
         ("sparse_attention", {"query": x(2, 4, 8)}, r"query .*\(2, 4, 8\)"),
         ("sparse_attention", {"value": x(2, 4, 2, 8)}, r"value .*\(2, 4, 2, 8\)"),
         ("sparse_attention", {"query": x(2, 2, 3, 8)}, r"query .*\(2, 2, 3, 8\)"),

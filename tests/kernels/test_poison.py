@@ -16,6 +16,7 @@ from support.operands import (
     DEVICE,
     LAYER_NORM,
     calls,
+    codes_of,
     laid,
     new_memory,
     normal,
@@ -94,6 +95,11 @@ def cases(dtype=torch.float32):
     gain = torch.tensor([[0.5, 0, 2, 0], [0, 0, -1, 1]], device=DEVICE)
     columns = dict(pace=normal(2, 5, seed=2).abs(), since=normal(2, 5, seed=3))
     drift = partial(ras_kernels.update_drift_, position=0.5)
+    codes, others = (
+        dict(zip((f"{name}codes", f"{name}scales"), codes_of(*heads, seed=seed)))
+        for name, seed in (("", 2), ("change_", 3))
+    )
+    moving = {name: part[:, :4] for name, part in others.items()}
     noted = dict(last=some(2, 5, 6), noise=some(2, 5, 6, seed=1), **columns)
     weights = dict(key_weight=some(8, 3, seed=2), value_weight=some(8, 3, seed=3))
     caches = dict(key=some(*heads), value=some(*heads, seed=4))
@@ -132,6 +138,21 @@ def cases(dtype=torch.float32):
             dict(key=some(*heads), value=some(*heads, seed=2), gain=gain)
             | {name: some(2, 4, 2, 4, seed=1) for name in ("key_changes", "value_changes")},
             dict(key_changes=gain == 0, value_changes=gain == 0),
+        ),
+        "quantize_tokens_": Case(
+            rows(ras_kernels.quantize_tokens_, *codes),
+            codes | dict(rows=new),
+            dict(codes=ALL, scales=ALL),
+        ),
+        "quantize_tokens_, changes": Case(
+            rows(ras_kernels.quantize_tokens_, *codes, *others),
+            codes | others | dict(rows=new),
+            dict(codes=~NAMED, scales=~NAMED, change_codes=ALL, change_scales=ALL),
+        ),
+        "dequantize_tokens": Case(
+            partial(ras_kernels.dequantize_tokens, dtype=dtype),
+            codes | moving | dict(gain=gain),
+            dict(change_codes=gain == 0, change_scales=gain == 0),
         ),
         "update_drift_": Case(
             rows(drift, "last", "pace", "since"),

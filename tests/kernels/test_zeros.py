@@ -16,6 +16,9 @@ REFUSED = {
     ("qkv_scatter_", "N"): "tokens must be no more",
     ("qkv_scatter_", "S"): "key_changes must be",
     ("linear_scatter_", "N"): r"key has no rows .*index .*\(B, 0\)",
+    ("quantize_tokens_", "N"): r"codes has no rows .*index .*\(B, 0\)",
+    ("quantize_tokens_", "D"): r"codes .*D at least 1.*\(2, 4, 2, 0\)",
+    ("dequantize_tokens", "D"): r"codes .*D at least 1.*\(2, 5, 2, 0\)",
     ("select_regions", "N"): r"N at least 1.*\(2, 0\)",
     ("select_regions", "K"): "num_active .*from 1 to 4.* 0",
     ("sparse_attention", "G"): r"key's heads divide the query's.*\(2, 2, 4, 4\) and \(2, 5, 0, 4\)",
@@ -34,6 +37,12 @@ def cases(**zero):
 
     def some(shape, seed=0):
         return normal(*(size[letter] for letter in shape), seed=seed)
+
+    def codes(shape, prefix="", **options):
+        sizes = [size[letter] for letter in shape]
+        parts = torch.zeros(sizes, dtype=torch.int8), torch.zeros(sizes[:3])
+        names = f"{prefix}codes", f"{prefix}scales"
+        return dict(zip(names, (part.to(DEVICE) for part in parts))) | options
 
     index = torch.arange(count, device=DEVICE).expand(batch, count)
     turns = torch.ones(1, count, width // 2, device=DEVICE) + 0j
@@ -70,6 +79,16 @@ def cases(**zero):
             dict(key=some("BSC"), value=some("BSC", 1), gain=some("BN")[:, : size["S"]])
             | {name: some("BNC", 2)[:, : size["S"]] for name in ("key_changes", "value_changes")},
             (batch, size["S"], size["C"]),
+        ),
+        "quantize_tokens_": (
+            codes("BNGD") | codes("BNGD", "change_") | dict(index=index, rows=some("BKGD")),
+            (batch, tokens, size["G"], width),
+        ),
+        "dequantize_tokens": (
+            codes("BSGD", dtype=torch.float16)
+            | {name: part[:, : size["S"]] for name, part in codes("BNGD", "change_").items()}
+            | dict(gain=some("BN")[:, : size["S"]]),
+            (batch, size["S"], size["G"], width),
         ),
         "sparse_attention": (attention, rows),
         "sparse_attention, lengths": (attention | dict(key_lengths=lengths), rows),

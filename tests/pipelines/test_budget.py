@@ -3,12 +3,14 @@
 import warnings
 
 import pytest
+import torch
 from support.oracle import relative_error
 from support.zoo import ENTRIES
 
 import ras
+import ras_kernels
 from ras.denoisers import families_of
-from ras.mount import cache_numbers
+from ras.mount import cache_bytes
 from ras.sessions import session_of
 
 PLAN = (1, 1, 0.5, 0, 0.25, 1, 0.5, 0)
@@ -43,7 +45,7 @@ def bytes_kept(session):
     return sum(tensor.nbytes for cache in session._branches.caches for tensor in cache.tensors)
 
 
-def bytes_of(name):
+def bytes_of(name, dtype=torch.float32):
     """Of keys and values, and of their changes, in a run: as the layers say."""
     pipe, call = ENTRIES[name].build()
     with ras.enabled(pipe, plan=PLAN):
@@ -52,9 +54,9 @@ def bytes_of(name):
         ((transformer, family),) = families_of(pipe)
         layouts = list(run.layouts.values())
         batch = run.tally.samples * (2 if name == "z-image" else 1)
-    numbers = [cache_numbers(transformer, family, layout) for layout in layouts]
+    sizes = [cache_bytes(transformer, family, layout, dtype) for layout in layouts]
     branches = BRANCHES.get(name, 1) // len(layouts)
-    return [4 * batch * branches * sum(part) for part in zip(*numbers)]
+    return [batch * branches * sum(part) for part in zip(*sizes)]
 
 
 @NAMES
@@ -135,6 +137,28 @@ def test_masks_count_in_the_budget():
     with pytest.warns(ras.RASWarning, match="max_cache_bytes"):
         whole, stats, _ = masks_of("chroma", kv_correction=False, max_cache_bytes=budget - 1)
     assert stats.steps_sparse == 0 < stats.steps_skipped and whole.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ras_kernels.CODES, ids=str)
+def test_caches_of_8_bits_are_counted_with_their_scales(dtype):
+    """What is said before a run, what is kept, and a budget that is one byte too small."""
+    keys, changes = bytes_of("flux", dtype)
+    whole = [size * 16 // (16 + 4) for size in (keys, changes)]  # 16 numbers have a scale of 4
+    assert [4 * size for size in whole] == list(bytes_of("flux"))
+    assert run("flux", cache_dtype=dtype)[2] == keys + changes
+    assert run("flux", cache_dtype=dtype, max_cache_bytes=keys + changes - 1)[2] == keys
+    pipe, _ = ENTRIES["flux"].build()
+    ras.enable(pipe, plan=PLAN, cache_dtype=dtype)
+    planned = ras.plan(pipe, len(PLAN), height=128, width=128, text_tokens=8)
+    assert planned.cache_bytes == keys + changes
+
+
+@pytest.mark.parametrize(
+    "value, error", [("int8", TypeError), (torch.float16, ValueError), (torch.uint8, ValueError)]
+)
+def test_no_dtype_of_caches(value, error):
+    with pytest.raises(error, match=r"must be torch\.int8, torch\.float8_e4m3fn, or None"):
+        ras.RASConfig(cache_dtype=value)
 
 
 @pytest.mark.parametrize("value, error", [(-1, ValueError), (1.5, TypeError), (True, TypeError)])

@@ -184,6 +184,7 @@ SETTINGS = {
     "paper": ras.RASConfig.paper(scheduler_start_step=2, error_reset_steps=(4,)),
     "held": config_of(extrapolation=0.0),
     "text stays": config_of(reuse_text=True),
+    "int8": config_of(cache_dtype=torch.int8, keep_caches=True),
     "whole steps": ras.RASConfig(plan=SHARES[: len(PARTIAL)]),
 }
 

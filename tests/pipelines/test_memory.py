@@ -16,6 +16,7 @@ from support.pipelines import lumina_inputs, sd3_inputs
 from support.runs import Stop, run, stop_at
 
 import ras
+import ras_kernels
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),  # none but where one is expected
@@ -187,6 +188,18 @@ def test_bytes_by_hand():
         run(pipe, inputs)
         ages = SAMPLES * REGIONS * 4
         assert ras.stats(pipe).cache_bytes == 3 * 2 * key + kept + ages
+
+
+@pytest.mark.parametrize("family, dtype", zip(("sd3", "lumina"), ras_kernels.CODES))
+def test_bytes_of_caches_of_8_bits(family, dtype):
+    """They are those of what is alive: numbers of a byte, and a scale for each head."""
+    pipe, inputs = FAMILIES[family]()
+    plain = after_each_step(pipe, inputs)
+    with ras.enabled(pipe, plan=PARTIAL, cache_dtype=dtype):
+        seen = after_each_step(pipe, inputs)
+        told = ras.stats(pipe).cache_bytes
+    sizes = [size(more(now, before)) for now, before in zip(seen, plain, strict=True)]
+    assert told == max(sizes) > 0 == sizes[-1]
 
 
 def test_bytes_are_of_the_last_run():

@@ -45,6 +45,13 @@ def normal(*shape, seed=0, dtype=torch.float32):
 half = partial(normal, dtype=torch.float16)
 
 
+def codes_of(*shape, seed=0, dtype=torch.int8):
+    """Codes of a cache of 8 bits, with their scales."""
+    codes, scales = torch.zeros(shape, dtype=dtype), torch.zeros(shape[:-1])
+    reference.quantize_tokens_(codes, scales, None, None, None, normal(*shape, seed=seed).cpu())
+    return codes.to(DEVICE), scales.to(DEVICE)
+
+
 def any_bits(*shape, seed=0, dtype):
     """NaNs of all kinds among them."""
     count, generator = math.prod(shape) * dtype.itemsize, torch.Generator().manual_seed(seed)
@@ -183,6 +190,10 @@ def calls():
     norm = dict(weight=half(24, seed=2), bias=half(24, seed=3), rotary=turns(3, 3, 4))
     select = partial(ras_kernels.select_regions, num_active=2, high_ratio=0.3, starvation_scale=1.0)
     ages = torch.arange(9, device=DEVICE).view(3, 3)
+    codes, beside = (
+        dict(zip((f"{name}codes", f"{name}scales"), codes_of(*tokens, seed=seed)))
+        for name, seed in (("", 6), ("change_", 7))
+    )
     return {
         "gather_tokens": (ras_kernels.gather_tokens, dict(tokens=half(*tokens), index=index)),
         "scatter_tokens_": (
@@ -206,6 +217,14 @@ def calls():
                 value_changes=half(*tokens, seed=3),
                 gain=normal(3, 3),
             ),
+        ),
+        "quantize_tokens_": (
+            ras_kernels.quantize_tokens_,
+            dict(**codes, **beside, index=index, rows=rows),
+        ),
+        "dequantize_tokens": (
+            partial(ras_kernels.dequantize_tokens, dtype=torch.float16),
+            dict(**codes, **beside, gain=normal(3, 3)),
         ),
         "sparse_attention": (
             ras_kernels.sparse_attention,

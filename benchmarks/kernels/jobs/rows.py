@@ -103,4 +103,54 @@ def carry_keys_and_values(s: Shape, device: str) -> Job:
     )
 
 
-JOBS = gather_tokens, scatter_tokens_, update_tokens_, carry_keys_and_values
+def quantize_tokens_(s: Shape, device: str) -> Job:
+    """New keys into a cache of 8 bits, and how much they changed into another."""
+    parts = [*_codes(s, s.tokens, device), *_codes(s, s.tokens, device)]
+    rows, index = normal(device, s.batch, s.active, s.groups, s.size), active_index(s, device)
+    codes, scales, beside, others = parts
+    moved = [part[:, : s.active] for part in parts]
+
+    def ours() -> Sequence[Tensor]:
+        ras_kernels.quantize_tokens_(
+            codes, scales, index, rows, change_codes=beside, change_scales=others
+        )
+        return parts
+
+    def plain() -> Sequence[Tensor]:
+        reference.quantize_tokens_(*parts, index, rows)
+        return parts
+
+    return Job(
+        [*moved, *moved[:2], rows, index], Way(ours), {"indexing": Way(plain)}, written=parts
+    )
+
+
+def dequantize_tokens(s: Shape, device: str) -> Job:
+    """A cache of 8 bits, its image rows carried on, as keys that attention takes."""
+    parts = [*_codes(s, s.rows, device), *_codes(s, s.tokens, device)]
+    codes, scales, beside, others = parts
+    gain = normal(device, s.batch, s.tokens, dtype=torch.float32)
+    options = dict(change_codes=beside, change_scales=others, gain=gain)
+    output = torch.empty(codes.shape, dtype=DTYPE, device=device)
+    return Job(
+        [*parts, gain, output],
+        Way(lambda: ras_kernels.dequantize_tokens(codes, scales, DTYPE, **options)),
+        {"mul, addcmul, cat": Way(lambda: reference.dequantize_tokens(*parts, gain, DTYPE))},
+    )
+
+
+def _codes(s: Shape, count: int, device: str) -> tuple[Tensor, Tensor]:
+    """Codes (B, count, G, D) with their scales."""
+    shape = s.batch, count, s.groups, s.size
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+    return codes, torch.rand(shape[:3], device=device)
+
+
+JOBS = (
+    gather_tokens,
+    scatter_tokens_,
+    update_tokens_,
+    carry_keys_and_values,
+    quantize_tokens_,
+    dequantize_tokens,
+)
