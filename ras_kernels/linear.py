@@ -248,8 +248,8 @@ def _launch(
     batch, count, depth = tokens.shape
     width, length = math.prod(key.shape[2:]), 0 if text is None else text.shape[1]
     wide = 0 if own[0] is None else len(own[0])
-    queries = _fake_qkv(key, value, key_changes, value_changes, index, tokens, *layers)
     caches = key, value, key_changes, value_changes
+    queries = _fake_qkv(*caches, index, tokens, *layers) if wide else (None, None)
     operands = _operands(tokens, *caches, index, tokens, *layers, *queries)
     strides = [stride for cache in operands[:4] for stride in cache.stride()[:2]]
     strides += [*tokens.stride()[:2], *operands[12].stride()[:2], weights[0].stride(0)]
