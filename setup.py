@@ -51,7 +51,6 @@ setup(
             "matplotlib>=3.9",
             "mypy",
             "peft>=0.17",
-            "playwright>=1.50",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff",

@@ -116,6 +116,8 @@ def encode(pipe: FluxKontextPipeline, work: Path) -> np.memmap:
     latents = np.lib.format.open_memmap(
         path, "r+" if done else "w+", np.float16, (PAIRS, 2, 256, 4 * LATENT[0])
     )
+    if len(latents) != PAIRS:
+        raise ValueError(f"{path} has {len(latents)} pairs, not {PAIRS}; name another --work")
     vae = pipe.vae.to(memory_format=torch.channels_last)
     config = vae.config
     seeds = range(done, PAIRS)
@@ -143,7 +145,8 @@ def embed(pipe: FluxKontextPipeline, instructions: list[str]) -> dict[str, Tenso
 def odds() -> np.ndarray:
     """How likely a batch's next pair is each of `PAIRS`, by the kind of its edit."""
     kinds = [edits.sample(seed).kind for seed in range(PAIRS)]
-    return np.array([SHARES[kind] / kinds.count(kind) for kind in kinds])
+    weights = np.array([SHARES[kind] / kinds.count(kind) for kind in kinds])
+    return weights / weights.sum()
 
 
 def flow_loss(
