@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
-from .callers import call_under_way, is_in_other_threads
+from .callers import PIPELINES, call_under_way, is_in_other_threads
 
 
 class LoopWatch:
@@ -26,7 +26,7 @@ class LoopWatch:
     def __init__(self, pipe: Any, broken_off: Callable[[], None]) -> None:
         self._pipe = weakref.ref(pipe)
         self._broken_off = weakref.WeakMethod(broken_off)
-        self._before = before = vars(pipe).get("progress_bar")
+        self._before = before = _held_weakly(vars(pipe).get("progress_bar"))
         self._loop: _Loop | None = None  # under way
         self._disturbed = False  # whether another thread has come in between
         watch = weakref.ref(self)
@@ -34,23 +34,25 @@ class LoopWatch:
         @functools.wraps(type(pipe).progress_bar)
         def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
             owner, code = call_under_way([self]) or (self, None)  # copies have this method, too
-            bar = before or functools.partial(type(owner).progress_bar, owner)
+            bar = before() or functools.partial(type(owner).progress_bar, owner)
             opened, seen = bar(*args, **kwargs), watch()
             if seen is None or code is None or owner is not seen._pipe():
                 return opened
             return _Loop(opened, seen, code)
 
-        self._method = types.MethodType(progress_bar, pipe)
-        pipe.progress_bar = self._method
+        self._function = progress_bar  # the method would keep the pipeline alive
+        pipe.progress_bar = types.MethodType(progress_bar, pipe)
 
     def remove(self) -> None:
         """Take the method off, unless somebody has put another in its place."""
         pipe = self._pipe()
-        if pipe is None or vars(pipe).get("progress_bar") is not self._method:
+        there = None if pipe is None else vars(pipe).get("progress_bar")
+        if getattr(there, "__func__", None) is not self._function:
             return
         del pipe.progress_bar
-        if self._before is not None:
-            pipe.progress_bar = self._before
+        before = self._before()
+        if before is not None:
+            pipe.progress_bar = before
 
     def begin(self, loop: _Loop) -> None:
         if is_in_other_threads(self._pipe(), loop.code):
@@ -76,6 +78,19 @@ class LoopWatch:
             "the scheduler and the guidance of the other; hold a lock around each call, or give "
             "each thread a copy of the pipeline with a scheduler of its own, and ras.enable that"
         )
+
+
+def _held_weakly(method: Any) -> Callable[[], Any]:
+    """What returns a method, or None where the pipeline that it is of is gone."""
+    if not isinstance(getattr(method, "__self__", None), PIPELINES):
+        return lambda: method
+    function, pipe = method.__func__, weakref.ref(method.__self__)
+
+    def again() -> Any:
+        owner = pipe()
+        return None if owner is None else types.MethodType(function, owner)
+
+    return again
 
 
 class _Loop:

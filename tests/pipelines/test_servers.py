@@ -286,3 +286,21 @@ def test_the_progress_bar_stays_what_it_is():
     del pipe, seen[:], before, other
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("own_bar", [False, True])
+def test_a_pipeline_is_not_kept_alive_by_its_transformer(own_bar):
+    """One of several that share it, enabled and used, and never disabled."""
+    pipe = pipelines.sd3()
+    ras.enable(pipe, plan=PLAN)
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    if own_bar:
+        other.progress_bar = types.MethodType(type(pipe).progress_bar, other)
+    ras.enable(other, plan=PLAN)
+    assert torch.equal(request(other, 0), alone(0))
+    kept = weakref.ref(other)
+    del other
+    gc.collect()
+    assert kept() is None
+    assert torch.equal(request(pipe, 0), alone(0))
