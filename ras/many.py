@@ -23,9 +23,10 @@ from PIL import Image, PngImagePlugin
 from .api import stats
 from .checks import check_count, check_kind, shown
 from .config import RASConfig
-from .denoisers import transformers_of
+from .denoisers import modules_of
 from .files import write_text, written_whole
-from .fingerprint import differences, of_call, of_weights, plain
+from .fingerprint import differences, of_call, of_model, of_weights, plain
+from .scope import Settings
 from .sessions import session_of
 from .stats import Stats
 
@@ -74,7 +75,8 @@ def generate(
 
     Returns:
         The records of the share, also of what was there: `index`, `prompt`, `seed`, `file`,
-        `started` (UTC), `seconds` of the pipeline's call, `made_with` (the weights, arguments and
+        `started` (UTC), `seconds` of the pipeline's call, `made_with` (the pipeline's
+        classes, configurations and digests of all weights, the call's arguments, the mask, and the
         settings that are not the default ones) and `stats`.
 
     Raises:
@@ -99,12 +101,7 @@ def generate(
             _asked(prompt, i, seed, call, takes)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = {
-        "pipeline": type(pipe).__name__,
-        **of_weights(transformers_of(pipe)),
-        "scheduler.class": type(pipe.scheduler).__name__,  # type: ignore[attr-defined]
-        **_unusual(session.config),
-    }
+    made_with = _made_with(pipe, session.settings)
     total = len(prompts) if isinstance(prompts, Sequence) else None
     bar = diffusers_logging.tqdm(total=total, unit="image", disable=True if rank else None)
     records: list[Record] = []
@@ -200,10 +197,19 @@ def _told(found: Stats) -> Record:
     return {name: getattr(found, name) for name in TOLD} | {"warnings": list(found.warnings)}
 
 
-def _unusual(config: RASConfig) -> Record:
-    """Settings that are not the default ones."""
-    usual, found = dataclasses.asdict(RASConfig()), dataclasses.asdict(config)
-    return {f"ras.{name}": plain(found[name]) for name in found if found[name] != usual[name]}
+def _made_with(pipe: Any, settings: Settings) -> Record:
+    """All that an image is made with but for what a call says; of settings, what is not usual."""
+    modules = modules_of(pipe)
+    told = {role: part for role, part in modules.items() if isinstance(_config(part), Mapping)}
+    found = {"pipeline": type(pipe).__name__, **of_model(told, pipe.scheduler)}
+    found |= of_weights(modules)
+    usual, config = dataclasses.asdict(RASConfig()), dataclasses.asdict(settings.config)
+    found |= {f"ras.{name}": plain(config[name]) for name in config if config[name] != usual[name]}
+    return found if settings.mask is None else {**found, "ras.mask": plain(settings.mask)}
+
+
+def _config(part: Any) -> Any:
+    return getattr(part, "config", None)  # transformers' have no mapping as theirs
 
 
 def _flat(record: Record) -> Record:

@@ -172,6 +172,25 @@ def test_a_manifest_that_is_overtaken(pipe, calls, tmp_path, monkeypatch):
     assert many._record is record and len(manifest(tmp_path)) == 5
 
 
+def steeper(pipe, patch):
+    other = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=2.0)
+    patch.setattr(pipe, "scheduler", other)
+
+
+def other_text(pipe, patch):
+    bias = pipe.text_encoder.text_model.final_layer_norm.bias
+    patch.setattr(bias, "data", bias.detach() + 1)
+
+
+def other_pixels(pipe, patch):
+    bias = pipe.vae.decoder.conv_out.bias
+    patch.setattr(bias, "data", bias.detach() + 1)
+
+
+def brighter(pipe, patch):
+    patch.setattr(pipe.vae, "_internal_dict", {**pipe.vae.config, "scaling_factor": 7.0})
+
+
 @pytest.mark.parametrize(
     "unlike, told",
     [
@@ -180,14 +199,22 @@ def test_a_manifest_that_is_overtaken(pipe, calls, tmp_path, monkeypatch):
         (dict(num_inference_steps=3), r"call\.num_inference_steps: nothing there, 3 here"),
         (dict(settings=dict(plan=(1, 0))), r"ras\.plan: nothing there"),
         (dict(settings=dict(sample_ratio=0.5)), r"ras\.sample_ratio: nothing there, 0\.5 here"),
+        (dict(settings=dict(mask=torch.ones(8, 8))), r"ras\.mask: nothing there, 'tensor"),
+        (dict(change=steeper), r"scheduler\.shift: 3\.0 there, 2\.0 here"),
+        (dict(change=other_text), r"weights\.text_encoder: '\w+' there"),
+        (dict(change=other_pixels), r"weights\.vae: '\w+' there"),
+        (dict(change=brighter), r"vae\.scaling_factor: [\d.]+ there, 7\.0 here"),
     ],
 )
-def test_an_image_of_something_else_is_an_error(pipe, calls, tmp_path, unlike, told):
+def test_an_image_of_something_else_is_an_error(pipe, calls, tmp_path, monkeypatch, unlike, told):
     ras.generate(pipe, PROMPTS[:1], tmp_path)
     before = (tmp_path / "00000.png").read_bytes()
-    prompts, settings = unlike.pop("prompts", PROMPTS[:1]), unlike.pop("settings", {})
-    with pytest.raises(ValueError, match=told), ras.settings(pipe, **settings):
-        ras.generate(pipe, prompts, tmp_path, **unlike)
+    asked = {"prompts": PROMPTS[:1], "settings": {}, "change": lambda *_: None, **unlike}
+    settings, change = asked.pop("settings"), asked.pop("change")
+    with monkeypatch.context() as patch:
+        change(pipe, patch)
+        with pytest.raises(ValueError, match=told), ras.settings(pipe, **settings):
+            ras.generate(pipe, out=tmp_path, **asked)
     assert (tmp_path / "00000.png").read_bytes() == before and len(calls) == 1
     pil().save(tmp_path / "00001.png")
     with pytest.raises(ValueError, match=r"00001.png is there and not of ras\.generate"):
