@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from support.zoo.parts import pil
 
 import ras
 from ras import cli, many
+from ras import files as files_of
 from ras.cli import prompts as files
 from ras.cli.loading import load
 
@@ -56,7 +58,7 @@ def manifest(folder):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != many.LOCK)
 
 
 # --- from Python ----------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def test_images_are_those_of_the_calls(pipe, tmp_path):
             assert json.loads(image.info["ras"]) == record
         stats = ras.stats(pipe)
         assert record["stats"]["steps_dense"] == stats.steps_dense and record["seed"] == seed
-        assert record["stats"]["warnings"] == list(stats.warnings)
+        assert set(record["stats"]["warnings"]) <= set(stats.warnings)
     assert manifest(tmp_path / "a/b") == records
     assert records[1]["made_with"]["call.height"] == 128 and records[0]["seconds"] > 0
 
@@ -150,26 +152,107 @@ def test_what_breaks_off_is_drawn_again(pipe, calls, tmp_path, monkeypatch, mome
             ras.generate(pipe, PROMPTS, tmp_path)
     assert names(tmp_path) == ["00000.png", "00001.png", "manifest.jsonl"]
     assert len(manifest(tmp_path)) == 2
-    (tmp_path / ".0123.part.png").write_bytes(b"of one that was killed")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    me = f"{files_of._process()}-{'0' * 16}"
+    here, elsewhere = me.replace(f"-{os.getpid()}-", f"-{ended.pid}-"), f"of-another-{me}"
+    for part in (
+        f".{here}.part.png",
+        f".{here}.part.jsonl",
+        f".{me}.part.png",
+        f".{elsewhere}.png",
+    ):
+        (tmp_path / part).write_bytes(b"half")
     ras.generate(pipe, PROMPTS, tmp_path)
     assert [text for text, _ in calls] == [*PROMPTS[:3], *PROMPTS[2:]]
-    assert len(manifest(tmp_path)) == 5 and not [*tmp_path.glob(".*")]
+    left = {many.LOCK, f".{me}.part.png", f".{elsewhere}.png"}  # that may still be written
+    assert len(manifest(tmp_path)) == 5 and {path.name for path in tmp_path.glob(".*")} == left
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("sync"), sync(file)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    files_of.write_text(tmp_path / "a.txt", "text")
+    assert done == ["sync", "replace"] and (tmp_path / "a.txt").read_text() == "text"
+
+
+def test_what_a_crash_of_the_machine_leaves_is_drawn_again(pipe, calls, tmp_path):
+    """Files of no bytes, of noughts and of a half; what is whole but of nobody's is an error."""
+    ras.generate(pipe, PROMPTS[:4], tmp_path)
+    whole = (tmp_path / "00001.png").read_bytes()
+    for i, content in enumerate((b"", whole[: len(whole) // 2], bytes(len(whole)), whole[:-20])):
+        (tmp_path / f"{i:05d}.png").write_bytes(content)
+    ras.generate(pipe, PROMPTS[:4], tmp_path)
+    assert [text for text, _ in calls] == PROMPTS[:4] * 2 and len(manifest(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("told", ["[]", "3", "{}", '{"prompt": "a", "seed": 0}', "[" * 10_000])
+def test_records_that_are_none(told, pipe, calls, tmp_path):
+    note = PngImagePlugin.PngInfo()
+    note.add_text("ras", told)
+    pil().save(tmp_path / "00000.png", pnginfo=note)
+    with pytest.raises(ValueError, match=r"00000.png is there and not of ras\.generate"):
+        ras.generate(pipe, PROMPTS, tmp_path)
+    many._write_manifest(tmp_path)
+    assert manifest(tmp_path) == []
+
+
+def test_nothing_is_drawn_before_a_list_is_looked_through(pipe, calls, tmp_path, monkeypatch):
+    """The files of the share; of what is no list, each in its turn."""
+    pil().save(tmp_path / "00003.png")
+    with pytest.raises(ValueError, match=r"00003\.png is there"):
+        ras.generate(pipe, PROMPTS, tmp_path)
+    assert calls == []
+    with pytest.raises(ValueError, match=r"00003\.png is there"):
+        ras.generate(pipe, iter(PROMPTS), tmp_path)
+    assert len(calls) == 3
+    monkeypatch.setattr(type(pipe), "__call__", lambda self, labels, generator=None: None)
+    with pytest.raises(ValueError, match="takes no prompt"):
+        ras.generate(pipe, PROMPTS, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_record_has_the_warnings_of_its_call(pipe, calls, tmp_path, monkeypatch):
+    told = []
+
+    def found(_):
+        return SimpleNamespace(**dict.fromkeys(many.TOLD, 0), warnings=(*told,))
+
+    draw = type(pipe).__call__
+
+    def warn(self, prompt, **call):
+        told.extend([f"of {prompt}"] * (prompt != PROMPTS[1]))
+        return draw(self, prompt, generator=call["generator"])
+
+    told.append("before")
+    monkeypatch.setattr(many, "stats", found)
+    monkeypatch.setattr(type(pipe), "__call__", warn)
+    records = ras.generate(pipe, PROMPTS[:3], tmp_path)
+    assert [record["stats"]["warnings"] for record in records] == [
+        [f"of {PROMPTS[0]}"],
+        [],
+        [f"of {PROMPTS[2]}"],
+    ]
 
 
 def test_a_manifest_that_is_overtaken(pipe, calls, tmp_path, monkeypatch):
-    """Another process has finished while one reads what there is: that is in it, too."""
+    """Another process ends while one writes what it has read: it waits, and its own is the last."""
     ras.generate(pipe, PROMPTS[:2], tmp_path)
-    record, write = many._record, many.write_text
+    write, others = many.write_text, []
 
     def late(path, text):
-        write(path, text)
         monkeypatch.setattr(many, "write_text", write)
-        ras.generate(pipe, PROMPTS, tmp_path)
-        write(path, text)  # the older one, last
+        others.append(threading.Thread(target=ras.generate, args=(pipe, PROMPTS, tmp_path)))
+        others[0].start()
+        others[0].join(0.5)
+        assert len(names(tmp_path)) == 6 and others[0].is_alive()
+        write(path, text)
 
     monkeypatch.setattr(many, "write_text", late)
     ras.generate(pipe, PROMPTS[:2], tmp_path)
-    assert many._record is record and len(manifest(tmp_path)) == 5
+    others[0].join(60)
+    assert len(manifest(tmp_path)) == 5
 
 
 def steeper(pipe, patch):
@@ -336,7 +419,11 @@ def test_two_processes_one_of_which_is_killed(tmp_path, monkeypatch, capsys):
     assert 5 <= len(there) == len(manifest(out))
     monkeypatch.chdir(tmp_path)
     processes(monkeypatch, 0, 2)
-    assert cli.main(command[3:]) == 0 and "images   5" in capsys.readouterr().out
+    assert cli.main([*command[3:], "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    seconds = [each["seconds"] for each in manifest(out)[::2] if out / each["file"] not in there]
+    assert (told["images"], told["drawn"]) == (5, len(seconds))
+    assert told["seconds"] == pytest.approx(sum(seconds))
     assert names(out) == [*(f"{i:05d}.png" for i in range(10)), "manifest.jsonl"]
     assert {path: path.stat().st_mtime_ns for path in there} == there
     records = manifest(out)
