@@ -28,7 +28,7 @@ from .denoisers import modules_of
 from .files import locked, remove_parts, write_text, written_whole
 from .fingerprint import differences, of_call, of_model, of_weights, plain
 from .scope import Settings
-from .sessions import session_of
+from .sessions import enabled_session
 from .stats import Stats
 
 MANIFEST, LOCK = "manifest.jsonl", ".manifest.lock"
@@ -90,9 +90,7 @@ def generate(
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"generate takes a pipeline, got {type(pipe).__name__}")
-    session = session_of(pipe)
-    if session is None:
-        raise ValueError(f"this {type(pipe).__name__} is not enabled; call ras.enable on it first")
+    session = enabled_session(pipe)
     if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | Mapping):
         raise TypeError(f"prompts must be texts or mappings, got {shown(prompts)}")
     check_count("seed", seed, 0, 2**63 - 1)
