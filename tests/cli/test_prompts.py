@@ -388,8 +388,15 @@ def test_the_device_of_a_process(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert cli._device("cuda") == torch.device("cuda:2")
     assert cli._device("cuda:1") == torch.device("cuda:1") and cli._device("cpu").type == "cpu"
-    monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(cli.argparse.ArgumentTypeError, match="cuda:4 is not available"):
+    for rank in ("4", "x", "-1", ""):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        told = f"LOCAL_RANK must be the number of a GPU, of which this machine has 4.* got '{rank}'"
+        with pytest.raises(cli.argparse.ArgumentTypeError, match=told):
+            cli._device("cuda")
+        assert cli._device("cuda:3") == torch.device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(cli.argparse.ArgumentTypeError, match="cuda:1 is not available on this"):
         cli._device("cuda")
 
 
