@@ -48,8 +48,9 @@ class LoopWatch:
     def remove(self) -> None:
         """Take the method off, unless somebody has put another in its place."""
         pipe = self._pipe()
-        there = None if pipe is None else vars(pipe).get("progress_bar")
-        if getattr(there, "__func__", None) is not self._function:
+        if pipe is None:
+            return
+        if getattr(vars(pipe).get("progress_bar"), "__func__", None) is not self._function:
             return
         del pipe.progress_bar
         before = self._before()
