@@ -27,7 +27,7 @@ from .plan import Reuse, RunPlan
 from .policy.planner import plan_run
 from .scope import Settings, asks_for_partial_steps, goes_by_pictures, using
 from .session import Session
-from .sessions import mount_of, replaced_by, session_of, sessions_of
+from .sessions import enabled_session, mount_of, replaced_by, session_of, sessions_of
 from .stats import Stats
 
 Model = TypeVar("Model")
@@ -145,9 +145,7 @@ def settings(model: Model, config: RASConfig | None = None, **overrides: Any) ->
         TypeError, ValueError: The model is not enabled, or what `enable` would raise of these
             settings. Nothing has been changed then.
     """
-    session = session_of(model)
-    if session is None:
-        raise ValueError(f"this {type(model).__name__} is not enabled; call ras.enable on it first")
+    session = enabled_session(model)
     asked = _asked(session.settings, config, overrides)
     _check_plan(asked.config, model, session.scheduler)
     _check_partial_steps(asked, model, session.mounts)
@@ -162,10 +160,7 @@ def is_enabled(model: object) -> bool:
 
 def stats(model: object) -> Stats:
     """What the last run did. Raises ValueError if the model is not enabled."""
-    session = session_of(model)
-    if session is None:
-        raise ValueError(f"this {type(model).__name__} is not enabled; call ras.enable on it first")
-    return session.stats()
+    return enabled_session(model).stats()
 
 
 def compile_repeated_blocks(model: Model, **options: Any) -> Model:

@@ -44,23 +44,29 @@ def call_under_way(enabled: Iterable[Any] = ()) -> tuple[Any, CodeType] | None:
     return None
 
 
-def is_in_other_threads(pipe: Any, code: CodeType) -> bool:
-    """Whether a call of a pipeline, by this code, is under way in another thread."""
-    frames = sys._current_frames()
-    del frames[threading.get_ident()]
-    for thread in frames:
-        frame: FrameType | None = frames[thread]
+def calls_under_way(pipe: Any, code: CodeType) -> set[tuple[int, int]]:
+    """All calls of a pipeline, by this code: the identity of each one's thread, and of its frame.
+
+    The latter is another call's as soon as that one has ended.
+    """
+    here, found = threading.get_ident(), set()
+    for thread, innermost in sys._current_frames().items():
+        frame: FrameType | None = innermost
         while frame is not None:
-            if frame.f_code is code and _first_argument(frame) is pipe:
-                return True
+            if frame.f_code is code and _first_argument(frame, thread == here) is pipe:
+                found.add((thread, id(frame)))
             frame = frame.f_back
-    return False
+        del innermost  # which may be this function's own, and would keep itself
+    return found
 
 
-def _first_argument(frame: FrameType) -> Any:
+def _first_argument(frame: FrameType, here: bool = True) -> Any:
+    """That of a frame of this thread, or of another one."""
     names = frame.f_locals
     found = names.get(frame.f_code.co_varnames[0])
-    if isinstance(names, dict):  # before Python 3.13 a copy, which the frame would keep
+    # Before Python 3.13 this is what `locals()` returns there: a copy, which the frame would keep,
+    # and which code that another thread runs there may be reading just now.
+    if here and isinstance(names, dict):
         names.clear()
     return found
 

@@ -68,13 +68,21 @@ def denoisers(model: object) -> list[nn.Module]:
     return found
 
 
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """The modules of a pipeline by their names in it, beneath `torch.compile`."""
+    return {
+        role: getattr(part, "_orig_mod", part)
+        for role, part in pipe.components.items()
+        if isinstance(part, nn.Module)
+    }
+
+
 def transformers_of(model: object) -> dict[str, nn.Module]:
     """The denoisers by their names in the pipeline; a bare one is called transformer."""
     found = denoisers(model)
     if not isinstance(model, PIPELINES):
         return {"transformer": found[0]}
-    pipe: Any = model
-    parts = {role: getattr(part, "_orig_mod", part) for role, part in pipe.components.items()}
+    parts = modules_of(model)
     return {role: part for role, part in parts.items() if any(part is each for each in found)}
 
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,14 @@ from PIL import Image, PngImagePlugin
 from .api import stats
 from .checks import check_count, check_kind, shown
 from .config import RASConfig
-from .denoisers import transformers_of
-from .files import write_text, written_whole
-from .fingerprint import differences, of_call, of_weights, plain
-from .sessions import session_of
+from .denoisers import modules_of
+from .files import locked, remove_parts, write_text, written_whole
+from .fingerprint import differences, of_call, of_model, of_weights, plain
+from .scope import Settings
+from .sessions import enabled_session
 from .stats import Stats
 
-MANIFEST = "manifest.jsonl"
+MANIFEST, LOCK = "manifest.jsonl", ".manifest.lock"
 RECORD = "ras"  # the name of the text in an image that is its line of the manifest
 OURS = {"generator", "num_images_per_prompt", "output_type", "return_dict"}
 TOLD = (  # of a run's statistics
@@ -74,58 +76,57 @@ def generate(
 
     Returns:
         The records of the share, also of what was there: `index`, `prompt`, `seed`, `file`,
-        `started` (UTC), `seconds` of the pipeline's call, `made_with` (the weights, arguments and
+        `started` (UTC), `seconds` of the pipeline's call, `made_with` (the pipeline's
+        classes, configurations and digests of all weights, the call's arguments, the mask, and the
         settings that are not the default ones) and `stats`.
 
     Raises:
         TypeError: No pipeline, or a prompt or an argument of a wrong type.
-        ValueError: The pipeline is not enabled, or makes no images; an argument that it does not
-            take; a file that is there of something else. Nothing is drawn before that is known of a
-            list of prompts; of other iterables each is looked at in its turn.
+        ValueError: The pipeline is not enabled, or takes no prompt; an argument that it does not
+            take; a file that is there of something else. Nothing is drawn before that is known of
+            all prompts of a list; of other iterables each is looked at in its turn. Or the pipeline
+            makes no images, which the first call shows.
         OSError: A file cannot be written.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"generate takes a pipeline, got {type(pipe).__name__}")
-    session = session_of(pipe)
-    if session is None:
-        raise ValueError(f"this {type(pipe).__name__} is not enabled; call ras.enable on it first")
+    session = enabled_session(pipe)
     if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | Mapping):
         raise TypeError(f"prompts must be texts or mappings, got {shown(prompts)}")
     check_count("seed", seed, 0, 2**63 - 1)
     rank, world = share()
     takes = inspect.signature(type(pipe).__call__).parameters
-    if isinstance(prompts, Sequence):
-        for i, prompt in enumerate(prompts):
-            _asked(prompt, i, seed, call, takes)
+    if not _takes("prompt", takes):
+        raise ValueError(f"{type(pipe).__name__} takes no prompt, which is what is drawn")
+    listed = list(enumerate(prompts)) if isinstance(prompts, Sequence) else []
+    for i, prompt in listed:
+        _asked(prompt, i, seed, call, takes)
+    made_with = _made_with(pipe, session.settings)
+
+    def asked(i: int, prompt: Prompt) -> tuple[Record, dict[str, Any]]:
+        text, own, more = _asked(prompt, i, seed, call, takes)
+        told = {"prompt": text, "seed": own, "made_with": {**made_with, **of_call(more)}}
+        return json.loads(json.dumps(told)), more
+
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = {
-        "pipeline": type(pipe).__name__,
-        **of_weights(transformers_of(pipe)),
-        "scheduler.class": type(pipe.scheduler).__name__,  # type: ignore[attr-defined]
-        **_unusual(session.config),
-    }
+    there = {i: _there(folder, i, asked(i, prompt)[0]) for i, prompt in listed[rank::world]}
     total = len(prompts) if isinstance(prompts, Sequence) else None
     bar = diffusers_logging.tqdm(total=total, unit="image", disable=True if rank else None)
     records: list[Record] = []
-    count = 0
     try:
         with bar, _without_bar(pipe):
             for i, prompt in enumerate(prompts):
-                count = i + 1
                 if i % world != rank:
                     continue
-                text, own, more = _asked(prompt, i, seed, call, takes)
-                asked = {"prompt": text, "seed": own, "made_with": {**made_with, **of_call(more)}}
-                records.append(_drawn(pipe, folder, i, json.loads(json.dumps(asked)), more))
+                told, more = asked(i, prompt)
+                found = there.get(i) or _there(folder, i, told)
+                records.append(found or _drawn(pipe, folder, i, told, more))
                 if not bar.disable:
                     bar.n = len(_names(folder))  # of all processes
                     bar.refresh()
     finally:
         _write_manifest(folder)
-    if len(_names(folder)) == count:  # nobody is writing any more
-        for part in folder.glob(".*.part.png"):
-            part.unlink(missing_ok=True)
     return records
 
 
@@ -152,27 +153,53 @@ def _asked(
     check_kind(f"{name}'s prompt", more.pop("prompt", None), str, "a text")
     own = more.pop("seed", seed + index)
     check_count(f"{name}'s seed", own, 0, 2**63 - 1)
-    any_name = any(each.kind is each.VAR_KEYWORD for each in takes.values())
     for each in more:
-        if each in OURS or (each not in takes and not any_name):
+        if each in OURS or not _takes(each, takes):
             what = "is not to be set here" if each in OURS else "is no argument of the pipeline"
             raise ValueError(f"{name}: {shown(each)} {what}")
     return given["prompt"], own, more
 
 
+def _takes(name: str, parameters: Mapping[str, Any]) -> bool:
+    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return name in parameters or any_name
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.png"
+
+
+def _there(folder: Path, index: int, asked: Record) -> Record | None:
+    """The record of an image that is there, whole. Raises ValueError if it is of something else."""
+    path = _path(folder, index)
+    if not path.exists() or not _is_whole(path):
+        return None
+    there = _record(path)
+    if there is None:
+        raise ValueError(f"{path} is there and not of ras.generate; name another folder")
+    unlike = differences(_flat(there), _flat(asked))
+    if unlike:
+        raise ValueError(
+            f"{path} is there and drawn otherwise ({'; '.join(unlike)}); name another folder"
+        )
+    return there
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is an image that can be read, not what a crash of the machine has left."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (PermissionError, IsADirectoryError):
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error):
+        return False
+    return True
+
+
 def _drawn(pipe: Any, folder: Path, index: int, asked: Record, call: Mapping[str, Any]) -> Record:
-    """The record of an image that is there, or is drawn now."""
-    path = folder / f"{index:05d}.png"
-    if path.exists():
-        there = _record(path)
-        if there is None:
-            raise ValueError(f"{path} is there and not of ras.generate; name another folder")
-        unlike = differences(_flat(there), _flat(asked))
-        if unlike:
-            raise ValueError(
-                f"{path} is there and drawn otherwise ({'; '.join(unlike)}); name another folder"
-            )
-        return there
+    """Draw an image; its record."""
+    path, before = _path(folder, index), stats(pipe).warnings
     started, begin = datetime.datetime.now(datetime.timezone.utc), time.perf_counter()
     generator = torch.Generator().manual_seed(asked["seed"])
     output = pipe(prompt=asked["prompt"], generator=generator, **call)
@@ -187,7 +214,7 @@ def _drawn(pipe: Any, folder: Path, index: int, asked: Record, call: Mapping[str
         "started": started.isoformat(timespec="milliseconds"),
         "seconds": round(seconds, 3),
         "made_with": asked["made_with"],
-        "stats": _told(stats(pipe)),
+        "stats": _told(stats(pipe), before),
     }
     note = PngImagePlugin.PngInfo()
     note.add_itxt(RECORD, json.dumps(record))
@@ -196,14 +223,25 @@ def _drawn(pipe: Any, folder: Path, index: int, asked: Record, call: Mapping[str
     return record
 
 
-def _told(found: Stats) -> Record:
-    return {name: getattr(found, name) for name in TOLD} | {"warnings": list(found.warnings)}
+def _told(found: Stats, before: Sequence[str]) -> Record:
+    """Figures of a call, and what was not yet warned of before it."""
+    new = [each for each in found.warnings if each not in before]
+    return {name: getattr(found, name) for name in TOLD} | {"warnings": new}
 
 
-def _unusual(config: RASConfig) -> Record:
-    """Settings that are not the default ones."""
-    usual, found = dataclasses.asdict(RASConfig()), dataclasses.asdict(config)
-    return {f"ras.{name}": plain(found[name]) for name in found if found[name] != usual[name]}
+def _made_with(pipe: Any, settings: Settings) -> Record:
+    """All that an image is made with but for what a call says; of settings, what is not usual."""
+    modules = modules_of(pipe)
+    told = {role: part for role, part in modules.items() if isinstance(_config(part), Mapping)}
+    found = {"pipeline": type(pipe).__name__, **of_model(told, pipe.scheduler)}
+    found |= of_weights(modules)
+    usual, config = dataclasses.asdict(RASConfig()), dataclasses.asdict(settings.config)
+    found |= {f"ras.{name}": plain(config[name]) for name in config if config[name] != usual[name]}
+    return found if settings.mask is None else {**found, "ras.mask": plain(settings.mask)}
+
+
+def _config(part: Any) -> Any:
+    return getattr(part, "config", None)  # transformers' have no mapping as theirs
 
 
 def _flat(record: Record) -> Record:
@@ -220,21 +258,22 @@ def _record(path: Path) -> Record | None:
     """The record in an image, or None if it has none."""
     try:
         with Image.open(path) as image:
-            return json.loads(image.info[RECORD])
-    except (OSError, KeyError, ValueError):
+            found = json.loads(image.info[RECORD])
+    except (OSError, SyntaxError, KeyError, TypeError, ValueError, RecursionError, struct.error):
         return None
+    whole = isinstance(found, dict) and found.keys() >= {"prompt", "seed", "made_with"}
+    return found if whole and isinstance(found["made_with"], dict) else None
 
 
 def _write_manifest(folder: Path) -> None:
-    """Write the records of all images, until they are those that are there.
+    """Write the records of all images, and remove what killed processes have left.
 
-    Another process may meanwhile have finished its last image, and its manifest before this one.
+    One process at a time reads what there is and writes it, so that the last one's has all.
     """
-    written: list[str] | None = None
-    while (names := _names(folder)) != written:
-        records = filter(None, (_record(folder / name) for name in names))
+    with locked(folder / LOCK):
+        records = filter(None, (_record(folder / name) for name in _names(folder)))
         write_text(folder / MANIFEST, "".join(f"{json.dumps(each)}\n" for each in records))
-        written = names
+        remove_parts(folder)
 
 
 @contextmanager

@@ -19,6 +19,14 @@ def session_of(model: object) -> Session | None:
     return next(reversed(sessions_of(model)), None)
 
 
+def enabled_session(model: object) -> Session:
+    """The session of a model. Raises ValueError if it is not enabled."""
+    session = session_of(model)
+    if session is None:
+        raise ValueError(f"this {type(model).__name__} is not enabled; call ras.enable on it first")
+    return session
+
+
 def sessions_of(model: object) -> list[Session]:
     """The sessions of a pipeline's runs, or all of a transformer."""
     return _each(

@@ -2,10 +2,12 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import pipelines
 
 import ras
@@ -96,6 +98,28 @@ def test_a_graph(nodes):
     assert veiled[0] == 0 and 0.3 < veiled[1] < 1
     assert np.array_equal(found["dense"][0][0], by_hand(speedup=1)[0])
     assert found["dense"][2] == "dense"
+
+
+def test_what_is_left_out_is_the_pipelines_own(nodes, monkeypatch):
+    """By the defaults of the node's inputs; and what a call does not take is refused by name."""
+    (described,) = nodes.LoadPipeline().load("org/name", "auto")
+    optional = nodes.Sample.INPUT_TYPES()["optional"]
+    usual = {name: more[0]["default"] for name, (_, *more) in optional.items() if more}
+    seen = []
+
+    def call(self, prompt, num_inference_steps, generator, guidance_scale=7.0):
+        seen.append(guidance_scale)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))])
+
+    monkeypatch.setattr(type(described.pipe), "__call__", call)
+    asked = dict(pipeline=described, prompt="a ring", steps=2, seed=0)
+    for guidance in (usual["guidance_scale"], 0.0, 5.0):
+        nodes.Sample().sample(**asked, **{**usual, "guidance_scale": guidance})
+    assert seen == [7.0, 0.0, 5.0]
+    for name, value in (("image", torch.ones(1, 8, 8, 3)), ("width", 64)):
+        with pytest.raises(ValueError, match=f"takes no {name}"):
+            nodes.Sample().sample(**asked, **{**usual, name: value})
+    assert len(seen) == 3
 
 
 def test_a_mask_of_nothing_is_none(nodes):

@@ -8,13 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 400
-LONGER = {  # for now
-    "ras/mount.py",
-    "ras/session.py",
-    "tests/families/test_models.py",
-    "tests/kernels/test_ops.py",
-    "tests/support/zoo/images.py",
-    "tests/support/zoo/videos.py",
+LONGER = {  # for now, and never more than they have
+    "ras/mount.py": 471,
+    "ras/session.py": 635,
+    "tests/benchmarks/test_benchmarks.py": 403,
+    "tests/families/test_models.py": 496,
+    "tests/kernels/test_ops.py": 460,
+    "tests/support/zoo/images.py": 489,
+    "tests/support/zoo/videos.py": 446,
 }
 ROOMS = "ras", "ras_kernels", "benchmarks", "examples", "integrations", "tests", "docs"
 
@@ -30,9 +31,8 @@ def test_style(tool):
 def test_no_file_is_long():
     files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
     assert len(files) > 200
-    long = {
-        path.relative_to(ROOT).as_posix()
-        for path in files
-        if len(path.read_text().splitlines()) > MOST_LINES
+    lines = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files
     }
-    assert long <= LONGER, "split what is longer than 400 lines by what it holds"
+    long = {name: n for name, n in lines.items() if n > LONGER.get(name, MOST_LINES)}
+    assert not long, "split what is longer than that by what it holds"

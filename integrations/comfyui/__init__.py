@@ -7,6 +7,7 @@ loaded pipeline serves a graph's dense and its faster branches.
 from __future__ import annotations
 
 import argparse
+import inspect
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ class Sample:
             },
             "optional": {
                 "image": ("IMAGE",),
-                "guidance_scale": ("FLOAT", {"default": 4.0, "min": 0.0, "max": 30.0}),
+                "guidance_scale": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 30.0}),
                 "width": ("INT", {"default": 0, "min": 0, "max": 16384, "step": 8}),
                 "height": ("INT", {"default": 0, "min": 0, "max": 16384, "step": 8}),
             },
@@ -111,13 +112,23 @@ class Sample:
         image: Tensor | None = None,
         **more: float,
     ) -> tuple[Tensor, Tensor, str]:
-        """Call the pipeline; a width or height of 0 is its own."""
+        """Call the pipeline; a width or height of 0, and a guidance below 0, are its own.
+
+        Raises ValueError, by name, for what the pipeline's call does not take.
+        """
         pipe, call, config, mask = pipeline
         own = {name for name in ("width", "height") if not more.get(name)}
+        if more.get("guidance_scale", 0) < 0:
+            own.add("guidance_scale")
         call = {**call, **{name: more[name] for name in more.keys() - own}, "prompt": prompt}
         if image is not None:
             call["image"] = Image.fromarray((image[0].cpu().numpy() * 255).round().astype(np.uint8))
         call |= {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
+        takes = inspect.signature(type(pipe).__call__).parameters
+        if not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+            unknown = ", ".join(name for name in call if name not in takes)
+            if unknown:
+                raise ValueError(f"{type(pipe).__name__} takes no {unknown}; leave it out")
         if config is None:
             found = pipe(**call).images[0]
             return _tensor(found), _tensor(found), "dense"

@@ -217,9 +217,15 @@ def _device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and device.index is None:  # that of a process of many
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     present = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if device.type == "cuda" and device.index is None:  # that of a process of many
+        rank = os.environ.get("LOCAL_RANK", "0")
+        if not rank.isdecimal() or int(rank) >= present > 0:
+            raise argparse.ArgumentTypeError(
+                f"LOCAL_RANK must be the number of a GPU, of which this machine has {present}, "
+                f"counted from 0; got {rank!r}; start as many processes on it as it has GPUs"
+            )
+        device = torch.device("cuda", int(rank))
     if (device.index or 0) >= present:
         raise argparse.ArgumentTypeError(
             f"{device} is not available on this machine; use --device {_default_device()}"

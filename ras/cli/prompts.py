@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 import warnings
@@ -70,15 +71,18 @@ def main(options: argparse.Namespace, config: ras.RASConfig, bundled: dict[str, 
         if getattr(options, name) is not None:
             call[name] = getattr(options, name)
     call["num_inference_steps"] = options.steps
+    began = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
     with warnings.catch_warnings(), ras.enabled(pipe, config):
         warnings.simplefilter("ignore", ras.RASWarning)  # they are told below
         records = ras.generate(pipe, prompts, folder, seed=options.seed, **call)
     for warning in {each: None for record in records for each in record["stats"]["warnings"]}:
         print("ras: warning:", warning, file=sys.stderr)
+    drawn = [record["seconds"] for record in records if record["started"] >= began]
     report = {
         "process": f"{rank + 1} of {world}",
         "images": len(records),
-        "seconds": round(sum(record["seconds"] for record in records), 3),
+        "drawn": len(drawn),
+        "seconds": round(sum(drawn), 3),
         "written": str(folder / MANIFEST),
     }
     print(json.dumps(report, indent=2) if options.json else aligned(report))

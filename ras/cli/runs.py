@@ -70,16 +70,25 @@ class Job:
         Raises:
             ValueError: The pipeline makes no images, or RAS refuses it.
         """
-        warm_up = min(self.steps, WARM_UP_STEPS)
-        self.run_ras("warm-up", warm_up)  # first, since it may refuse the model
+        self.warm_up()
         dense: list[Run] = []
         sparse: list[RasRun] = []
         with quiet(diffusers_logging):  # what there is to say of the prompt has been said
-            self.run("warm-up", warm_up)
             while len(dense) < REPEATS and sum(run.seconds for run in dense) < PATIENCE:
                 dense.append(self.run("dense", self.steps))
                 sparse.append(self.run_ras("RAS", self.steps))
         return dense, sparse
+
+    def warm_up(self) -> None:
+        """Make a brief run of either kind, in which all is done that is done once.
+
+        Raises:
+            ValueError: The pipeline makes no images, or RAS refuses it.
+        """
+        steps = min(self.steps, WARM_UP_STEPS)
+        self.run_ras("warm-up", steps)  # first, since it may refuse the model
+        with quiet(diffusers_logging):
+            self.run("warm-up", steps)
 
     def report(self, dense: list[Run], sparse: list[RasRun]) -> dict[str, Any]:
         """What was run, and what was measured."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files import writable, written_whole
 from ..session import Session
-from ..sessions import session_of
+from ..sessions import enabled_session
 from ..slots import StepWatch
 from ..stats import Stats
 from .decoder import Decode, preparation, watched_decoder
@@ -48,9 +48,9 @@ def animated(pipe: Any, file: str | PathLike[str]) -> Iterator[None]:
         OSError: The file cannot be written.
     """
     path = writable(file, SUFFIXES)
-    session = session_of(pipe)
-    if session is None or session.pipeline is not pipe:
-        raise ValueError("pipe must be an enabled pipeline; call ras.enable on it first")
+    session = enabled_session(pipe)
+    if session.pipeline is not pipe:
+        raise ValueError(f"pipe must be a pipeline, got the {type(pipe).__name__} of one")
     film, before = _Film(session), session.run
     with film.watching(pipe):
         yield

@@ -24,7 +24,7 @@ from ..api import enabled, is_enabled
 from ..checks import MOST_STEPS, check_count, check_kind, check_number, shown
 from ..clock import EXTRAPOLATION
 from ..config import DEFAULT_SPEEDUP, RASConfig
-from ..denoisers import transformers_of
+from ..denoisers import modules_of, transformers_of
 from ..files import read_json, write_text
 from ..fingerprint import differences, of_call, of_model, of_run, of_weights, plain
 from ..plan import Plan, speedup_of
@@ -118,16 +118,11 @@ def calibrate(
     trials = Trials(pipe, calls, partial(enabled, pipe))
     transformers = transformers_of(pipe)
     model: Any = pipe
-    weighing = {
-        role: getattr(part, "_orig_mod", part)
-        for role, part in model.components.items()
-        if isinstance(part, nn.Module)
-    }
     model_here = of_model(transformers, model.scheduler)
     key = {"prompts": prompts, "speedup": speedup, "num_inference_steps": num_inference_steps}
     key |= {"shares": shares, "batch_size": batch_size, "seed": seed, **of_call(call)}
     key |= {f"config.{name}": value for name, value in vars(config).items()}
-    key |= {"pipeline": type(pipe).__name__, **model_here, **of_weights(weighing)}
+    key |= {"pipeline": type(pipe).__name__, **model_here, **of_weights(modules_of(pipe))}
     log = _Log(None if checkpoint is None else Path(checkpoint), key)
     bar = diffusers_logging.tqdm(total=len(calls) * (5 + ROUNDS * TRIED), desc="calibrating")
 

@@ -27,7 +27,7 @@ from ..fingerprint import of_model, of_run
 from ..plan import Plan, speedup_of
 from ..scope import in_block
 from ..session import RASWarning, Session
-from ..sessions import session_of
+from ..sessions import enabled_session
 from .candidates import first_plans
 from .error_model import ErrorModel, covariance
 from .planner import plan_run
@@ -127,9 +127,7 @@ def _learner(pipe: Any, file: Any) -> Session:
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"learn takes a pipeline, got {type(pipe).__name__}")
     check_kind("file", file, str | PathLike | None, "a file's path, or None")
-    session = session_of(pipe)
-    if session is None:
-        raise ValueError(f"this {type(pipe).__name__} is not enabled; call ras.enable on it first")
+    session = enabled_session(pipe)
     if in_block(session) is not None:
         raise ValueError("ras.learn plans all later runs; call it outside of ras.settings")
     if session.may_be_masked:

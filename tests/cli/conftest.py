@@ -1,11 +1,17 @@
-"""The pipeline that commands are run on."""
+"""The pipelines that commands are run on."""
 
 import json
 from string import ascii_lowercase
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support import pipelines
+from support.zoo.parts import pil
 from transformers import CLIPTokenizer
+
+import ras
+from ras.cli.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -21,3 +27,23 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     pipelines.sd3(vae=pipelines.autoencoder(), parts=parts).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The bundled one, enabled."""
+    options = SimpleNamespace(model=None, device=torch.device("cpu"), dtype=None)
+    return ras.enable(load(options, ras.bundled_model()))
+
+
+@pytest.fixture
+def calls(pipe, monkeypatch):
+    """The prompts that are drawn, in next to no time."""
+    drawn = []
+
+    def draw(self, prompt, num_inference_steps=28, height=None, guidance_scale=7.0, generator=None):
+        drawn.append((prompt, generator.initial_seed()))
+        return SimpleNamespace(images=[pil()])
+
+    monkeypatch.setattr(type(pipe), "__call__", draw)
+    return drawn

@@ -174,8 +174,9 @@ def test_what_cannot_be_animated(tmp_path):
         with pytest.raises(error, match=told), animated(pipe, file):
             raise AssertionError("it has begun")
 
-    animate(ValueError, "pipe must be an enabled pipeline", pipe, gif)
+    animate(ValueError, "not enabled; call ras.enable on it first", pipe, gif)
     ras.enable(pipe)
+    animate(ValueError, "pipe must be a pipeline", pipe.transformer, gif)
     animate(ValueError, "does not end in one of .gif, .webp", pipe, tmp_path / "walk.mp4")
     animate(OSError, "there is no folder", pipe, tmp_path / "no/walk.gif")
     animate(TypeError, "file must be", pipe, 3)

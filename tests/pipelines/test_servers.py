@@ -17,6 +17,7 @@ from support.snapshot import Snapshot, check_undone
 from support.zoo import ENTRIES
 
 import ras
+from ras.callers import calls_under_way
 from ras.sessions import session_of
 
 PLAN = (1, 1, 0.5, 0, 1, 0.25, 0.5, 0)
@@ -179,35 +180,85 @@ def test_two_calls_at_once_are_an_error():
             assert torch.equal(request(pipe, at), alone(at))
 
 
-def test_a_call_that_begins_in_another_ones_loop():
-    """It has set its guidance, and is at its text when the other one ends."""
-    pipe, entered, ended = pipelines.sd3(), threading.Event(), threading.Event()
-    encode = pipe.encode_prompt
-    ras.enable(pipe, plan=PLAN)
+def slow_to_encode(pipe, name):
+    """Have a thread of that name wait at its text: events of its being there, and to let it go."""
+    encode, there, goes = pipe.encode_prompt, threading.Event(), threading.Event()
 
     def slow(*args, **kwargs):
-        if threading.current_thread().name == "late":
-            entered.set()
-            assert ended.wait(60)
+        if threading.current_thread().name == name:
+            there.set()
+            assert goes.wait(60)
         return encode(*args, **kwargs)
 
     pipe.encode_prompt = slow
+    return there, goes
 
-    def late(pipe, at):
-        thread = threading.Thread(target=in_context, args=(pipe, at), name="late", daemon=True)
-        thread.start()
-        assert entered.wait(60)
-        late.thread = thread
 
-    def in_context(pipe, at):
+def start(name, pipe, at, **more):
+    """A request in a thread of that name, and a list for what comes of it."""
+    came = []
+
+    def work():
         with torch.no_grad():
-            late.result = request(pipe, at)
+            try:
+                came.append(request(pipe, at, **more))
+            except BaseException as error:
+                came.append(error)
 
-    first, second = at_once(pipe, 3, second=late)
-    ended.set()
-    late.thread.join(60)
-    assert isinstance(first, RuntimeError) and second is None
-    assert torch.equal(late.result, alone(1))
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread, came
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_call_at_its_text_beside_a_whole_run(in_loop):
+    """It is an error of both, whether the run began before that call or after it."""
+    pipe, began, ends = pipelines.sd3(), threading.Event(), threading.Event()
+    ras.enable(pipe, plan=PLAN)
+    there, goes = slow_to_encode(pipe, "slow")
+
+    def wait(pipe, step, t, tensors):
+        began.set()
+        assert ends.wait(60)
+        return tensors
+
+    if in_loop:
+        other, others = start("other", pipe, 0, callback_on_step_end=wait)
+        assert began.wait(60)
+    thread, came = start("slow", pipe, 1)
+    assert there.wait(60)
+    if not in_loop:
+        other, others = start("other", pipe, 0)
+    ends.set()
+    other.join(60)
+    goes.set()
+    thread.join(60)
+    for error in (*others, *came):
+        assert isinstance(error, RuntimeError) and "hold a lock" in str(error)
+    assert len(others) == len(came) == 1
+    for at in (0, 2):
+        assert torch.equal(request(pipe, at), alone(at))
+
+
+def test_looking_for_calls_of_other_threads_leaves_them_as_they_are():
+    """Their `locals()`, too, which diffusers' callbacks are given; before Python 3.13 it is one."""
+    there, goes, found = threading.Event(), threading.Event(), []
+
+    class Called:
+        def __call__(self, step):
+            names = locals()
+            there.set()
+            assert goes.wait(60)
+            found.append(names.get("step"))
+
+    called = Called()
+    thread = threading.Thread(target=called, args=(3,), daemon=True)
+    thread.start()
+    assert there.wait(60)
+    assert [of for of, _ in calls_under_way(called, Called.__call__.__code__)] == [thread.ident]
+    goes.set()
+    thread.join(60)
+    assert found == [3] and not calls_under_way(called, Called.__call__.__code__)
 
 
 def test_a_lock_within_the_call():
@@ -286,3 +337,21 @@ def test_the_progress_bar_stays_what_it_is():
     del pipe, seen[:], before, other
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("own_bar", [False, True])
+def test_a_pipeline_is_not_kept_alive_by_its_transformer(own_bar):
+    """One of several that share it, enabled and used, and never disabled."""
+    pipe = pipelines.sd3()
+    ras.enable(pipe, plan=PLAN)
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    if own_bar:
+        other.progress_bar = types.MethodType(type(pipe).progress_bar, other)
+    ras.enable(other, plan=PLAN)
+    assert torch.equal(request(other, 0), alone(0))
+    kept = weakref.ref(other)
+    del other
+    gc.collect()
+    assert kept() is None
+    assert torch.equal(request(pipe, 0), alone(0))
