@@ -70,8 +70,12 @@ def test_sample(name, launch):
 
 
 @pytest.mark.parametrize("name", calls())
-def test_strides_of_any_two_widths(monkeypatch, tmp_path, name):
-    """Each tensor's in turn take 64 bits: all types agree, which Triton's front end looks at."""
+@pytest.mark.parametrize("stride", [2**40, 1])
+def test_strides_of_any_two_widths(monkeypatch, tmp_path, stride, name):
+    """Each tensor's in turn take 64 bits: all types agree, which Triton's front end looks at.
+
+    Or they are 1, of which it makes a constant where it may.
+    """
     monkeypatch.setattr(_library, "supports", lambda *_: True)
     monkeypatch.setattr(CUDABackend, "make_ttgir", _stop)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing has been compiled before
@@ -81,7 +85,7 @@ def test_strides_of_any_two_widths(monkeypatch, tmp_path, name):
             continue
         if op._opname == "sparse_attention_into_" and op._schema.arguments[at].alias_info:
             continue  # which are contiguous
-        strides = [2**40 if dim < 2 else s for dim, s in enumerate(tensor.stride())]
+        strides = [stride if dim < 2 else s for dim, s in enumerate(tensor.stride())]
         wide = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
         wide[at] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
         with variants.recording(90) as noted:
