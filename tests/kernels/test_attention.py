@@ -1,5 +1,7 @@
 """`sparse_attention` against its definition in float64."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -115,7 +117,22 @@ def test_merged_states_are_those_of_all_keys(dtype):
     assert (out.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
     exact = reference.attention_lse(*map(wide, (query, key)), *options)
     assert (lse[3] == -torch.inf).all()
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-2, atol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 100.0, -100.0, 1e30, -1e30, math.inf])
+def test_shares_of_states(size):
+    """Both alike, and one that outweighs the other, however large the sums of their scores are."""
+    first, second = (normal(1, 3, 2, 8, seed=seed) for seed in (1, 2))
+    lses = torch.full((2, 1, 2, 3), size, device=DEVICE)
+    lses[1, 0, 1] -= torch.inf  # head 1 is of the first state alone
+    lses[1, 0, 1].nan_to_num_(-torch.inf, neginf=-torch.inf)
+    found, lse = ras_kernels.merge_states(first, lses[0], second, lses[1])
+    expected = torch.stack([(first + second)[:, :, 0] / 2, first[:, :, 1]], 2)
+    expected = expected if size < math.inf else torch.full_like(expected, math.nan)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(lse[:, 1], lses[0, :, 1])
+    torch.testing.assert_close(lse[:, 0], lses[0, :, 0] + math.log(2))
 
 
 @pytest.mark.parametrize("how", ["dense", "part", "heads first", "gaps"])
