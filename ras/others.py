@@ -41,6 +41,14 @@ def cache_on(transformer: nn.Module) -> str | None:
     return _foreign_forward(transformer, transformer)
 
 
+def change_of_output(module: nn.Module, transformer: nn.Module) -> str | None:
+    """What may have a module return other than what its class does, or None.
+
+    That is another package's class, `forward` or forward hook; those of offloading are known.
+    """
+    return _foreign_forward(module, transformer) or _foreign_hook(module, transformer)
+
+
 def change_of_rows(transformer: nn.Module, layers: Iterable[nn.Module]) -> str | None:
     """What may want all rows of a block or of its attention, or None.
 
@@ -51,7 +59,7 @@ def change_of_rows(transformer: nn.Module, layers: Iterable[nn.Module]) -> str |
         if not path or not (id(module) in around or around & _children(module)):
             continue
         around.add(id(module))
-        found = _foreign_forward(module, transformer) or _foreign_hook(module, transformer)
+        found = change_of_output(module, transformer)
         if found is not None:
             return f"{found}{_at(path)}"
         if getattr(module, "_chunk_size", None) is not None:

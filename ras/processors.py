@@ -25,13 +25,31 @@ from .projections import (
     Projected,
     Projection,
     finished,
+    fuses,
     joint_projection,
     keys_and_values,
 )
-from .site import KVCache, RASAttnProcessor, Walk
+from .seam import can_redirect, redirect
+from .site import KVCache, RASAttnProcessor, Site, Walk
 
 
-class SD3AttnProcessor(RASAttnProcessor):
+class _Fusing(RASAttnProcessor):
+    """Has kernels take the place of layers; steps of all tokens without kernels are as found.
+
+    To the bit, that is: attention over the same numbers in another layout, or by fewer queries at a
+    time, rounds otherwise.
+    """
+
+    def __init__(self, original: Any, site: Site) -> None:
+        super().__init__(original, site)
+        self._found = redirect(original, site) if can_redirect(original) else None
+
+    def dense(self, walk: Walk, tokens: Tensor) -> Any:
+        """The processor as found, if it is to be called in this step, or None."""
+        return self._found if walk.active is None and not fuses(tokens) else None
+
+
+class SD3AttnProcessor(_Fusing):
     """Joint attention (or, in SD3.5-medium's `attn2`, that of the image alone)."""
 
     replaces = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
@@ -53,8 +71,11 @@ class SD3AttnProcessor(RASAttnProcessor):
             encoder_hidden_states: `(B, T, C)`, the text tokens; T is 0 where they stay behind.
         """
         walk, cache = self.ras_site.walk(), self.ras_site.cache
-        if walk is None or cache is None:
-            return self.ras_original(
+        plain = self.ras_original
+        if walk is not None and cache is not None:
+            plain = self.dense(walk, hidden_states)
+        if walk is None or cache is None or plain is not None:
+            return plain(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )
         text = encoder_hidden_states
@@ -139,7 +160,7 @@ def _out(attn: Attention, output: Tensor) -> Tensor:
     return dropout(projection(output.flatten(2)))
 
 
-class LuminaAttnProcessor(RASAttnProcessor):
+class LuminaAttnProcessor(_Fusing):
     """Self-attention. Cross-attention needs none: its keys come from the text alone."""
 
     replaces = (LuminaAttnProcessor2_0,)
@@ -170,8 +191,11 @@ class LuminaAttnProcessor(RASAttnProcessor):
             `(B, k, H, D)`, which the block projects.
         """
         walk, cache = self.ras_site.walk(), self.ras_site.cache
-        if walk is None or cache is None:
-            return self.ras_original(
+        plain = self.ras_original
+        if walk is not None and cache is not None:
+            plain = self.dense(walk, hidden_states)
+        if walk is None or cache is None or plain is not None:
+            return plain(
                 attn,
                 hidden_states,
                 encoder_hidden_states,

@@ -214,7 +214,7 @@ def _finish(
     projected: Tensor, norm: Any, across_heads: bool, rotary: Tensor | None
 ) -> dict[str, Any] | None:
     """The norm and the rotation as `ras_kernels` takes them; None where it should not do them."""
-    if not _fuses(projected) or (norm is None and rotary is None):
+    if not fuses(projected) or (norm is None and rotary is None):
         return None
     if norm is None:
         return {"rotary": rotary}
@@ -225,13 +225,14 @@ def _finish(
     return {"norm": name, "weight": norm.weight, "bias": bias, "eps": norm.eps, "rotary": rotary}
 
 
-def _fuses(tokens: Tensor) -> bool:
+def fuses(tokens: Tensor) -> bool:
+    """Whether kernels may take the place of layers of such tokens."""
     on_kernels = ras_kernels.supports(tokens.device, tokens.dtype)
     return on_kernels and not torch.is_autocast_enabled(tokens.device.type)
 
 
 def _is_plain_linear(layer: Any, tokens: Tensor) -> bool:
-    return type(layer) is nn.Linear and _fuses(tokens) and _is_plain(layer, tokens)
+    return type(layer) is nn.Linear and fuses(tokens) and _is_plain(layer, tokens)
 
 
 def _is_plain(module: nn.Module, tokens: Tensor) -> bool:

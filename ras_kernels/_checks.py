@@ -94,6 +94,32 @@ def check_written(tensor: Tensor, name: str) -> None:
         )
 
 
+def check_apart(written: dict[str, Tensor], read: dict[str, Tensor | None]) -> None:
+    """Tensors that are written, each of memory of its own, of which nothing is read.
+
+    Of the spans from first to last element; the values of these are not looked at.
+    """
+    every = [*written.items(), *read.items()]
+    for at, (name, one) in enumerate(written.items(), 1):
+        for other, tensor in every[at:]:
+            if tensor is not None and _overlap(one, tensor):
+                raise ValueError(f"{name} is written, and must share no memory with {other}")
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    if not (one.numel() and other.numel() and torch._C._is_alias_of(one, other)):
+        return False
+    (begin, end), (start, stop) = (_span(tensor) for tensor in (one, other))
+    return begin < stop and start < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor lies within."""
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape))
+    first, size = tensor.storage_offset(), tensor.element_size()
+    return first * size, (first + last + 1) * size
+
+
 def check_floats(**tensors: Tensor | None) -> None:
     """Dtypes that the kernels compute with."""
     for name, tensor in tensors.items():

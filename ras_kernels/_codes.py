@@ -58,13 +58,17 @@ def check_changes(
 
 @jit()
 def encoded(x, MOST: tl.constexpr, LEAST: tl.constexpr, FLOAT8: tl.constexpr):
-    """The codes of rows in float32, as bits in int8, and their scales."""
+    """The codes of rows in float32, as bits in int8, and their scales.
+
+    Quotients are rounded as the definition's are: `/` is not, on NVIDIA's GPUs.
+    """
     size = tl.abs(x)
     largest = tl.max(size, 1)
     spoilt = tl.max((size <= 3.4028234663852886e38).to(tl.int32) ^ 1, 1)  # no comparison holds
     fits = (largest >= LEAST) & (spoilt == 0)
-    scale = tl.where(fits, largest / MOST, 0.0)
-    ratio = tl.where(fits[:, None], x / tl.where(fits, scale, 1.0)[:, None], 0.0)
+    scale = tl.where(fits, tl.div_rn(largest, MOST), 0.0)
+    ratio = tl.div_rn(x, tl.where(fits, scale, 1.0)[:, None])
+    ratio = tl.where(fits[:, None], ratio, 0.0)
     # A sum with 1.5 * 2**23 has no room for fractions: they are rounded, halves to even.
     if FLOAT8:
         bits = ratio.to(tl.int32, bitcast=True)
@@ -88,6 +92,7 @@ def decoded(code, FLOAT8: tl.constexpr):
         size_bits = code.to(tl.int32) & 0x7F
         normal = ((size_bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
         size = tl.where(size_bits < 8, size_bits.to(tl.float32) * 0.001953125, normal)
+        size = tl.where(size_bits == 0x7F, float("nan"), size)
         value = tl.where(code < 0, -size, size)
     else:
         value = code.to(tl.float32)

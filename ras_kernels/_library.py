@@ -43,7 +43,7 @@ def register(
         fake: The shapes and dtypes of what the op returns, if anything.
         rows: How many rows there are for an `index` to name: those of the first argument.
     """
-    name = schema.partition("(")[0]
+    name, reference = schema.partition("(")[0], without_autocast(reference)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.ras_kernels, name).default
     names = [argument.name for argument in op._schema.arguments]
@@ -99,6 +99,19 @@ def register(
             raise
 
     return call
+
+
+def without_autocast(run: Run) -> Run:
+    """As kernels, definitions compute in the dtypes that they are given."""
+
+    def run_without(*args: Any) -> Any:
+        kind = args[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return run(*args)
+        with torch.autocast(kind, enabled=False):
+            return run(*args)
+
+    return run_without
 
 
 def on_its_device(run: Run) -> Run:

@@ -10,7 +10,8 @@ from ._triton import cdiv, jit, tl
 
 @jit(
     *("key_b", "key_n", "value_b", "value_n", "key_changes_b", "key_changes_n"),
-    *("value_changes_b", "value_changes_n", "index_b", "num_rows", "rows_per_sample"),
+    *("value_changes_b", "value_changes_n", "tokens_b", "tokens_k", "text_b", "text_k"),
+    *("index_b", "num_rows", "rows_per_sample"),
     *("text_rows", "text_per_sample", "first_text", "query_outputs", "outputs", "inputs"),
 )
 def _project_kernel(

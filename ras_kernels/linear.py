@@ -148,13 +148,6 @@ def _check_qkv(
                 f"{name} must be {tuple(key.shape)} as key, or of its first rows; got "
                 f"{tuple(changes.shape)}"
             )
-    if index is None and count > _rows(
-        key, value, key_changes, value_changes, index, tokens, *layers
-    ):
-        raise ValueError(
-            "without an index tokens must be no more than there are rows for; got "
-            f"{shapes(tokens, *written.values())}"
-        )
     check_floats(tokens=tokens)
     read = {"tokens": tokens} | _check_layers("", own, key, tokens.shape[2])
     if text is not None:
@@ -172,6 +165,11 @@ def _check_qkv(
             )
     elif any(layer is not None for layer in of_text):
         raise ValueError("text_weights and text_biases belong to a text, and text is None")
+    if count > _rows(key, value, key_changes, value_changes, index, tokens, *layers):
+        raise ValueError(
+            "tokens must be no more than there are rows for; got "
+            f"{shapes(tokens, *written.values())}"
+        )
     check_same(**read, **written)
     for name, cache in written.items():
         check_written(cache, name)

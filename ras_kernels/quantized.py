@@ -27,7 +27,8 @@ def quantize_tokens_(
     `scale = max|row| / largest code; code = round(row / scale)`, so that `code * scale` is within
     `scale / 2` of an element in int8, and in float8_e4m3fn within a 16th of it or `scale / 1024`.
     A row whose largest magnitude is under `2**-117` counts as zeros, whose scale is 0; one with an
-    infinity or a NaN gets a scale of NaN.
+    infinity or a NaN gets a scale of NaN. One within `2**-23` of float32's largest number may be
+    read as an infinity.
 
     Args:
         codes: `(B, N, G, D)`, int8 or float8_e4m3fn, written in place; D at least 1.

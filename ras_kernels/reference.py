@@ -186,8 +186,9 @@ def merge_states(
 ) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(lse_a, lse_b)
     merged = torch.zeros_like(out_a, dtype=lse.dtype, memory_format=torch.contiguous_format)
-    for out, one in ((out_a, lse_a), (out_b, lse_b)):
-        share = (one - lse).exp().masked_fill(one == -torch.inf, 0).transpose(1, 2)[..., None]
+    shares = torch.stack([lse_a, lse_b]).softmax(dim=0)  # of which `lse`, rounded, knows too little
+    for out, one, share in zip((out_a, out_b), (lse_a, lse_b), shares):
+        share = share.masked_fill(one == -torch.inf, 0).transpose(1, 2)[..., None]
         # What has no share may be NaN, which 0 times is not 0.
         merged += (out.to(lse.dtype) * share).masked_fill_(share == 0, 0)
     return merged.to(out_a.dtype), lse.contiguous()

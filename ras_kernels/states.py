@@ -20,7 +20,7 @@ def merge_states(
     """Put together the same queries' attention over two sets of keys, as if over both at once.
 
     A state with an `lse` of minus infinity, as of no keys, counts for nothing, whatever its output
-    is; where both are, there are zeros.
+    is; where both are, there are zeros. Infinity, as of a score without bounds, makes NaN.
 
     Args:
         out_a, out_b: `(B, K, H, D)`, as `sparse_attention` returns them.
@@ -75,7 +75,7 @@ def _merge_kernel(
     first = tl.load(lse_a + at, mask=here, other=0.0)
     second = tl.load(lse_b + at, mask=here, other=0.0)
     top = tl.maximum(first, second)
-    shift = tl.where(top == float("-inf"), 0.0, top)
+    shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)  # inf - inf would be NaN
     share_a = tl.exp(first - shift)
     share_b = tl.exp(second - shift)
     total = share_a + share_b

@@ -242,7 +242,7 @@ def quantized_calls() -> Iterator[Call]:
 
 def linear_calls() -> Iterator[Call]:
     """Keys and values; with queries, and with the text's, as many as models have."""
-    choices = itertools.product(FLOATS, (1536, 1533), *[(False, True)] * 5)
+    choices = itertools.product(FLOATS, (1536, 1533, 8), *[(False, True)] * 5)
     for dtype, width, biased, changed, indexed, query, joint in choices:
         usual = biased and width == 1536
         if not (usual or indexed) or (joint and not (usual and query)):

@@ -18,6 +18,7 @@ from ..family import (
     text_of,
 )
 from ..layout import Layout, Rows
+from ..others import change_of_output
 from ..processors import LuminaAttnProcessor, SD3AttnProcessor
 
 IMAGE, JOINT, TABLE, JOINT_TABLE, GRID, TEXT, TEXT_TABLE = Rows
@@ -90,8 +91,11 @@ def _sd3_text(pipe: Any) -> int:
 
 def _lumina_obstacle(transformer: Any, inputs: Inputs) -> str | None:
     """Diffusers' embedder makes the mask of all ones, which is not to be read on a GPU."""
-    known = type(transformer.patch_embedder).forward is LuminaPatchEmbed.forward
-    return None if known else "its patch embedder is not diffusers', and may mask tokens"
+    embedder = transformer.patch_embedder
+    known = type(embedder).forward is LuminaPatchEmbed.forward
+    if known and change_of_output(embedder, transformer) is None:
+        return None
+    return "its patch embedder is not diffusers', and may mask tokens"
 
 
 def _lumina_rotary(inputs: Inputs) -> Any:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from support import pipelines
 from support.oracle import relative_error
@@ -114,21 +115,47 @@ def test_lumina_attends_without_a_mask(monkeypatch):
     monkeypatch.setattr(ras_kernels, "sparse_attention", noted)
     pipe = pipelines.lumina()
     embedder, inputs = pipe.transformer.patch_embedder, pipelines.lumina_inputs(pipe)
-    embedder.register_forward_hook(lambda module, args, output: masks.append(output[1]))
     with ras.enabled(pipe, CONFIG):
         run(pipe, inputs)
+        expected = ras.stats(pipe).steps_sparse
+    assert expected
+    found = embedder.register_forward_hook(lambda module, args, output: masks.append(output[1]))
+    run(pipe, inputs)
+    found.remove()
     assert masks and all(mask.all() for mask in masks)
     assert given and all(mask is None for mask in given)
 
-    class Masking(type(embedder)):
-        def forward(self, *args):
-            rows, mask, *others = super().forward(*args)
-            return rows, mask * (torch.arange(mask.shape[1]) < 9), *others
+    add_hook_to_module(embedder, ModelHook())  # as offloading does
+    with ras.enabled(pipe, CONFIG):
+        run(pipe, inputs)
+        assert ras.stats(pipe).steps_sparse == expected
 
-    embedder.__class__ = Masking
-    dense = run(pipe, inputs)
+
+@pytest.mark.parametrize("way", ["class", "forward", "forward beneath a hook", "hook"])
+def test_lumina_with_a_mask_of_somebodys(way):
+    """It is dense, whatever has the patch embedder mask tokens."""
+    pipe = pipelines.lumina()
+    embedder, inputs = pipe.transformer.patch_embedder, pipelines.lumina_inputs(pipe)
+    kind = type(embedder)
+
+    def masked(rows, mask, *others):
+        return rows, mask * (torch.arange(mask.shape[1]) < 9), *others
+
+    class Masking(kind):
+        def forward(self, *args):
+            return masked(*super().forward(*args))
+
+    if way == "class":
+        embedder.__class__ = Masking
+    elif way == "hook":
+        embedder.register_forward_hook(lambda module, args, output: masked(*output))
+    else:
+        embedder.forward = lambda *args: masked(*kind.forward(embedder, *args))
+    if "beneath" in way:
+        add_hook_to_module(embedder, ModelHook())
+    dense = run(pipe, inputs, 4)
     with ras.enabled(pipe, CONFIG), pytest.warns(ras.RASWarning) as told:
-        assert torch.equal(run(pipe, inputs), dense)
+        assert torch.equal(run(pipe, inputs, 4), dense)
     assert "may mask tokens" in str(told[0].message)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from support import pipelines
+from support.operands import DEVICE, INTERPRETED
 from support.oracle import NOBODY
 from support.pipelines import Recorder, normal, sd3_inputs
 from support.runs import check, check_rows, drift_scores, levels, rows_of, run
@@ -43,6 +44,32 @@ def test_partial_steps(monkeypatch, sizes, carry, stay):
     assert stats.speedup_ceiling == 8 * 76 / (tokens + 12 * walks)
     assert stats.speedup_ceiling == stats.plan.speedup(64, 12, reuse_text=stay)
     assert stats.region_counts.flatten(1).sum(dim=1).tolist() == [tokens, tokens]
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="kernels round otherwise than layers")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", ["sd3", "sd3.5", "lumina"])
+def test_dense_steps_to_the_bit(family, dtype):
+    """Those before the first partial one, whatever layout attention has there."""
+    sizes = dict(qk_norm="rms_norm", dual_attention_layers=(0,)) if family == "sd3.5" else {}
+    pipe = pipelines.lumina() if family == "lumina" else pipelines.sd3(**sizes)
+    pipe.transformer.to(dtype)
+    of = pipelines.lumina_inputs if family == "lumina" else sd3_inputs
+    inputs = {
+        name: value.to(dtype) if getattr(value, "is_floating_point", bool)() else value
+        for name, value in of(pipe).items()
+    }
+    noted = []
+
+    def note(pipe, step, time, given):
+        noted.append(given["latents"].clone())
+        return given
+
+    run(pipe, inputs, 3, callback_on_step_end=note)
+    with ras.enabled(pipe, plan=(1, 1, 0.5)):
+        run(pipe, inputs, 3, callback_on_step_end=note)
+        assert ras.stats(pipe).steps_sparse == 1
+    assert all(map(torch.equal, noted[:2], noted[3:5])) and not torch.equal(noted[2], noted[5])
 
 
 @pytest.mark.parametrize("carry", [False, True])

@@ -1,5 +1,7 @@
 """`sparse_attention` against its definition in float64."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -115,7 +117,22 @@ def test_merged_states_are_those_of_all_keys(dtype):
     assert (out.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
     exact = reference.attention_lse(*map(wide, (query, key)), *options)
     assert (lse[3] == -torch.inf).all()
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-2, atol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 100.0, -100.0, 1e30, -1e30, math.inf])
+def test_shares_of_states(size):
+    """Both alike, and one that outweighs the other, however large the sums of their scores are."""
+    first, second = (normal(1, 3, 2, 8, seed=seed) for seed in (1, 2))
+    lses = torch.full((2, 1, 2, 3), size, device=DEVICE)
+    lses[1, 0, 1] -= torch.inf  # head 1 is of the first state alone
+    lses[1, 0, 1].nan_to_num_(-torch.inf, neginf=-torch.inf)
+    found, lse = ras_kernels.merge_states(first, lses[0], second, lses[1])
+    expected = torch.stack([(first + second)[:, :, 0] / 2, first[:, :, 1]], 2)
+    expected = expected if size < math.inf else torch.full_like(expected, math.nan)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(lse[:, 1], lses[0, :, 1])
+    torch.testing.assert_close(lse[:, 0], lses[0, :, 0] + math.log(2))
 
 
 @pytest.mark.parametrize("how", ["dense", "part", "heads first", "gaps"])
@@ -163,3 +180,37 @@ def test_what_two_queries_must_be(change, error, told):
         out = (out(query), torch.empty_like(second)) if callable(out) else out
     with pytest.raises(error, match=told):
         ras_kernels.sparse_attention(queries, key, value, out=out)
+
+
+@pytest.mark.parametrize("other", ["query", "second", "key", "value", "lengths", "out"])
+def test_an_output_shares_no_memory(other):
+    """Not even in part; what lies beside it in one storage is another matter."""
+    room = torch.zeros(4096, device=DEVICE)
+    sizes = dict(query=(4, 9, 2, 8), second=(4, 5, 2, 8), key=(4, 7, 2, 8), value=(4, 7, 2, 8))
+    given = {name: normal(*size) for name, size in sizes.items()}
+    given |= {
+        "lengths": torch.full((4,), 7, device=DEVICE),
+        "out": torch.empty_like(given["query"]),
+    }
+    out = {"first": torch.empty_like(given["query"]), "second": torch.empty_like(given["second"])}
+
+    def call():
+        queries, outs = (given["query"], given["second"]), (out["first"], out["second"])
+        options = dict(key_lengths=given["lengths"], out=outs)
+        return ras_kernels.sparse_attention(queries, given["key"], given["value"], **options)
+
+    def placed(tensor, at):
+        part = room[at : at + tensor.numel() * tensor.element_size() // 4]
+        return part.view(tensor.dtype).view(tensor.shape).copy_(tensor.clone())
+
+    expected = [one.clone() for one in call()]
+    out["second"] = placed(out["second"], 8)
+    end = 8 + out["second"].numel()
+    place, name = (out, "first") if other == "out" else (given, other)
+    place[name] = placed(place[name], end)  # beside it
+    assert all(map(torch.equal, call(), expected))
+    place[name] = placed(place[name], end - 2)
+    before = room.clone()
+    with pytest.raises(ValueError, match="out is written, and must share no memory"):
+        call()
+    assert torch.equal(room, before)

@@ -32,6 +32,22 @@ def test_opcheck(name, layout):
     torch.library.opcheck(*recorded(name, layout))
 
 
+@pytest.mark.parametrize("name", calls())
+def test_autocast_changes_nothing(name):
+    """Nor dtypes, which are those that the fake implementation says."""
+    call, tensors = calls()[name]
+    written = [{key: single(tensor) for key, tensor in tensors.items()} for _ in range(2)]
+    returned = [call(**written[0])]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        returned.append(call(**written[1]))
+    torch.testing.assert_close((written[1], returned[1]), (written[0], returned[0]), rtol=0, atol=0)
+
+
+def single(tensor):
+    """A copy in float32, which autocast has products of in another dtype."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor.clone()
+
+
 def layer(hidden, noise, changes, ages, key, value, query_weight, weights, biases, norm, rotary):
     """A step of a layer with caches: all ops, some of them on views of what they write to."""
     batch, tokens, width = hidden.shape

@@ -471,6 +471,13 @@ def expanded(name, argument):
         ("linear_scatter_", {"key_changes": None}, "key_changes and value_changes"),
         ("linear_scatter_", {"value_changes": x(2, 6, 8)}, r"value_changes .*\(2, 6, 8\)"),
         ("qkv_scatter_", {"index": None, "tokens": x(2, 7, 3)}, r"no more .*\(2, 7, 3\)"),
+        ("qkv_scatter_", {"index": None, "text": x(3)}, r"text must be \(2, T, 3\).*\(3,\)"),
+        ("qkv_scatter_", {"text": x(3)}, r"text must be \(2, T, 3\).*\(3,\)"),
+        (
+            "qkv_scatter_",
+            {"index": torch.zeros(2, 7, dtype=torch.int64), "tokens": x(2, 7, 3)},
+            r"no more .*\(2, 7, 3\)",
+        ),
         ("qkv_scatter_", {"text": x(2, 3, 3)}, r"key_changes .*first rows.*\(2, 6, 2, 4\)"),
         ("qkv_scatter_", {"text": x(2, 2, 4)}, r"text must be \(2, T, 3\).*\(2, 2, 4\)"),
         ("qkv_scatter_", {"text": None}, "text is None"),

@@ -326,7 +326,7 @@ def test_fused_projections(family, way, ops, monkeypatch):
     def fuses(tokens):
         return not torch.is_autocast_enabled(tokens.device.type)
 
-    monkeypatch.setattr(projections, "_fuses", fuses)
+    monkeypatch.setattr(projections, "fuses", fuses)
     ras.enable(pipe, config_of())
     way(pipe, backend=graphs)
     check_runs(pipe, inputs, expected)

@@ -184,7 +184,7 @@ def may_be_fused(pipe, family):
 def fusing(monkeypatch):
     """As on a GPU, with the definitions of the ops in the place of kernels."""
     monkeypatch.setattr(
-        projections, "_fuses", lambda tokens: not torch.is_autocast_enabled(tokens.device.type)
+        projections, "fuses", lambda tokens: not torch.is_autocast_enabled(tokens.device.type)
     )
 
 
