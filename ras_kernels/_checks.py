@@ -94,6 +94,28 @@ def check_written(tensor: Tensor, name: str) -> None:
         )
 
 
+def check_apart(written: dict[str, Tensor], read: dict[str, Tensor | None]) -> None:
+    """Tensors that are written, each of memory of its own, of which nothing is read.
+
+    Of the spans from first to last element; the values of these are not looked at.
+    """
+    every = {**written, **read}
+    spans = {name: _span(one) for name, one in every.items() if one is not None and one.numel()}
+    for name in [name for name in written if name in spans]:
+        storage, begin, end = spans.pop(name)
+        for other, (its, start, stop) in spans.items():
+            if its == storage and begin < stop and start < end:
+                raise ValueError(f"{name} is written, and must share no memory with {other}")
+
+
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """The storage that a tensor lies in, and within which of its bytes; without its data."""
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape))
+    first, size = tensor.storage_offset(), tensor.element_size()
+    storage = tensor.untyped_storage()._cdata
+    return int(storage), int(first * size), int((first + last + 1) * size)
+
+
 def check_floats(**tensors: Tensor | None) -> None:
     """Dtypes that the kernels compute with."""
     for name, tensor in tensors.items():

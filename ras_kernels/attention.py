@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_finite, check_floats, check_same, shapes
+from ._checks import check_apart, check_finite, check_floats, check_same, shapes
 from ._library import register
 from ._plans import Run
 from .flash import attending
@@ -89,7 +89,8 @@ def sparse_attention(
         return_lse: Also return the natural logarithm of the sum of each query's exponentiated
             scores, for `merge_states`.
         out: What to write to and return: contiguous, of the query's shape and dtype; a pair if
-            `query` is one.
+            `query` is one. It may share no memory with any other argument, which is checked in each
+            call that is not compiled.
 
     Returns:
         `(B, K, H, D)`, contiguous, the dtype of `query`; a pair of such for a pair. With
@@ -110,6 +111,11 @@ def sparse_attention(
         outs = tuple(_fake(one) for one in queries)
     elif not isinstance(outs, tuple) or len(outs) != len(queries):
         raise TypeError("out must be a tensor, or for a pair of queries a pair of tensors")
+    elif not torch.compiler.is_compiling() and all(isinstance(one, Tensor) for one in outs):
+        read: dict[str, Any] = {"query": queries[0], "the second query": (*queries, None)[1]}
+        read |= {"key": key, "value": value, "key_mask": key_mask, "key_lengths": key_lengths}
+        if all(one is None or isinstance(one, Tensor) for one in read.values()):
+            check_apart(dict(zip(("out", "the second out"), outs)), read)
     # Of a query of another shape, which is told of by the checks, there is none.
     lses = tuple(_fake_lse(one) if return_lse and one.ndim == 4 else None for one in queries)
     none = (None,) * (2 - len(queries))

@@ -180,3 +180,37 @@ def test_what_two_queries_must_be(change, error, told):
         out = (out(query), torch.empty_like(second)) if callable(out) else out
     with pytest.raises(error, match=told):
         ras_kernels.sparse_attention(queries, key, value, out=out)
+
+
+@pytest.mark.parametrize("other", ["query", "second", "key", "value", "lengths", "out"])
+def test_an_output_shares_no_memory(other):
+    """Not even in part; what lies beside it in one storage is another matter."""
+    room = torch.zeros(4096, device=DEVICE)
+    sizes = dict(query=(4, 9, 2, 8), second=(4, 5, 2, 8), key=(4, 7, 2, 8), value=(4, 7, 2, 8))
+    given = {name: normal(*size) for name, size in sizes.items()}
+    given |= {
+        "lengths": torch.full((4,), 7, device=DEVICE),
+        "out": torch.empty_like(given["query"]),
+    }
+    out = {"first": torch.empty_like(given["query"]), "second": torch.empty_like(given["second"])}
+
+    def call():
+        queries, outs = (given["query"], given["second"]), (out["first"], out["second"])
+        options = dict(key_lengths=given["lengths"], out=outs)
+        return ras_kernels.sparse_attention(queries, given["key"], given["value"], **options)
+
+    def placed(tensor, at):
+        part = room[at : at + tensor.numel() * tensor.element_size() // 4]
+        return part.view(tensor.dtype).view(tensor.shape).copy_(tensor.clone())
+
+    expected = [one.clone() for one in call()]
+    out["second"] = placed(out["second"], 8)
+    end = 8 + out["second"].numel()
+    place, name = (out, "first") if other == "out" else (given, other)
+    place[name] = placed(place[name], end)  # beside it
+    assert all(map(torch.equal, call(), expected))
+    place[name] = placed(place[name], end - 2)
+    before = room.clone()
+    with pytest.raises(ValueError, match="out is written, and must share no memory"):
+        call()
+    assert torch.equal(room, before)
