@@ -99,25 +99,21 @@ def check_apart(written: dict[str, Tensor], read: dict[str, Tensor | None]) -> N
 
     Of the spans from first to last element; the values of these are not looked at.
     """
-    every = [*written.items(), *read.items()]
-    for at, (name, one) in enumerate(written.items(), 1):
-        for other, tensor in every[at:]:
-            if tensor is not None and _overlap(one, tensor):
+    every = {**written, **read}
+    spans = {name: _span(one) for name, one in every.items() if one is not None and one.numel()}
+    for name in [name for name in written if name in spans]:
+        storage, begin, end = spans.pop(name)
+        for other, (its, start, stop) in spans.items():
+            if its == storage and begin < stop and start < end:
                 raise ValueError(f"{name} is written, and must share no memory with {other}")
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    if not (one.numel() and other.numel() and torch._C._is_alias_of(one, other)):
-        return False
-    (begin, end), (start, stop) = (_span(tensor) for tensor in (one, other))
-    return begin < stop and start < end
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage that a tensor lies within."""
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """The storage that a tensor lies in, and within which of its bytes; without its data."""
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape))
     first, size = tensor.storage_offset(), tensor.element_size()
-    return first * size, (first + last + 1) * size
+    storage = tensor.untyped_storage()._cdata
+    return int(storage), int(first * size), int((first + last + 1) * size)
 
 
 def check_floats(**tensors: Tensor | None) -> None:

@@ -77,8 +77,9 @@ def sparse_attention(
 ) -> Any:
     """Let a few queries attend over all cached rows: `softmax(scale * Q @ K.T) @ V` per head.
 
-    Scores and sums are in float32. A query without any key to attend to gets zeros. Rows of keys
-    and values that do not count may hold anything, NaN and infinities included.
+    Scores and sums are in float32; scores, scaled, are to be within 2**24. A query without any key
+    to attend to gets zeros. Rows of keys and values that do not count may hold anything, NaN and
+    infinities included.
 
     Args:
         query: `(B, K, H, D)`, or a pair of such, as of image and text tokens, each with its own K.
@@ -112,11 +113,10 @@ def sparse_attention(
     elif not isinstance(outs, tuple) or len(outs) != len(queries):
         raise TypeError("out must be a tensor, or for a pair of queries a pair of tensors")
     elif not torch.compiler.is_compiling() and all(isinstance(one, Tensor) for one in outs):
-        names = ("out", "the second out"), ("query", "the second query")
-        read = dict(zip(names[1], queries)) | {"key": key, "value": value}
-        read |= {"key_mask": key_mask, "key_lengths": key_lengths}
+        read: dict[str, Any] = {"query": queries[0], "the second query": (*queries, None)[1]}
+        read |= {"key": key, "value": value, "key_mask": key_mask, "key_lengths": key_lengths}
         if all(one is None or isinstance(one, Tensor) for one in read.values()):
-            check_apart(dict(zip(names[0], outs)), read)
+            check_apart(dict(zip(("out", "the second out"), outs)), read)
     # Of a query of another shape, which is told of by the checks, there is none.
     lses = tuple(_fake_lse(one) if return_lse and one.ndim == 4 else None for one in queries)
     none = (None,) * (2 - len(queries))
