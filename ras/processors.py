@@ -44,9 +44,19 @@ class _Fusing(RASAttnProcessor):
         super().__init__(original, site)
         self._found = redirect(original, site) if can_redirect(original) else None
 
-    def dense(self, walk: Walk, tokens: Tensor) -> Any:
-        """The processor as found, if it is to be called in this step, or None."""
-        return self._found if walk.active is None and not fuses(tokens) else None
+    def plain(self, tokens: Tensor) -> Any:
+        """What is to be called in the place of this one, or None."""
+        walk = self.ras_site.walk()
+        if walk is None or self.ras_site.cache is None:
+            return self.ras_original
+        dense = walk.active is None and self._found is not None and not fuses(tokens)
+        return self._dense if dense else None
+
+    def _dense(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._found is not None and self.ras_site.cache is not None
+        output = self._found(*args, **kwargs)
+        self.ras_site.cache.mask = None  # for which partial steps have no use here
+        return output
 
 
 class SD3AttnProcessor(_Fusing):
@@ -71,9 +81,7 @@ class SD3AttnProcessor(_Fusing):
             encoder_hidden_states: `(B, T, C)`, the text tokens; T is 0 where they stay behind.
         """
         walk, cache = self.ras_site.walk(), self.ras_site.cache
-        plain = self.ras_original
-        if walk is not None and cache is not None:
-            plain = self.dense(walk, hidden_states)
+        plain = self.plain(hidden_states)
         if walk is None or cache is None or plain is not None:
             return plain(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
@@ -191,9 +199,7 @@ class LuminaAttnProcessor(_Fusing):
             `(B, k, H, D)`, which the block projects.
         """
         walk, cache = self.ras_site.walk(), self.ras_site.cache
-        plain = self.ras_original
-        if walk is not None and cache is not None:
-            plain = self.dense(walk, hidden_states)
+        plain = self.plain(hidden_states)
         if walk is None or cache is None or plain is not None:
             return plain(
                 attn,
