@@ -77,8 +77,9 @@ def sparse_attention(
 ) -> Any:
     """Let a few queries attend over all cached rows: `softmax(scale * Q @ K.T) @ V` per head.
 
-    Scores and sums are in float32. A query without any key to attend to gets zeros. Rows of keys
-    and values that do not count may hold anything, NaN and infinities included.
+    Scores and sums are in float32; scores, scaled, are to be within 2**24. A query without any key
+    to attend to gets zeros. Rows of keys and values that do not count may hold anything, NaN and
+    infinities included.
 
     Args:
         query: `(B, K, H, D)`, or a pair of such, as of image and text tokens, each with its own K.
