@@ -46,7 +46,12 @@ def _attend(
     TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Take in the keys from `first` to `last`; with TAIL, some of them may be past the end."""
+    """Take in the keys from `first` to `last`; with TAIL, some of them may be past the end.
+
+    The largest score is scaled and rounded, others are scaled and subtracted in one instruction:
+    of up to 2**24 the exponent of the largest is within 1 of 0; from 2**28 on its weight could
+    overflow in float16.
+    """
     d1 = tl.arange(0, SIZE1)
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)

@@ -54,8 +54,10 @@ def product_loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
 
 def hazards(code: Sequence[Instruction]) -> list[str]:
     """What makes products and copies wait for each other, or overtake each other."""
-    found = []
-    for body in product_loops(code):
+    found, loops = [], product_loops(code)
+    if not loops and any(one.op == "HGMMA" for one in code):
+        found.append("no loop is found around the products")
+    for body in loops:
         waits = sum(one.name.startswith("WARPGROUP.DEPBAR") for one in body)
         if waits > MOST_WAITS:
             found.append(f"{waits} waits for products in a loop")

@@ -207,6 +207,13 @@ def test_hazards_of_wgmma(old, new, found):
     assert not hazards if found is None else len(hazards) == 1 and found in hazards[0]
 
 
+def test_products_without_a_loop_are_no_pass():
+    """Nothing has been looked at then; code without products has none."""
+    code = sass.instructions(LOOP.replace("BRA 0x", "BRX R2 0x"))
+    assert sass.hazards(code) == ["no loop is found around the products"]
+    assert not sass.hazards([one for one in code if one.op != "HGMMA"])
+
+
 def test_the_table_and_the_exit_status(capsys, monkeypatch):
     def one(architecture, ops):
         return [launch for launch in LAUNCHES["A100"] if launch.name == "_list_kernel"][:1]
