@@ -20,12 +20,12 @@ from torch import Tensor
 
 import ras_kernels
 
+from . import projections
 from .projections import (
     JointProjection,
     Projected,
     Projection,
     finished,
-    fuses,
     joint_projection,
     keys_and_values,
 )
@@ -46,7 +46,7 @@ class _Fusing(RASAttnProcessor):
 
     def dense(self, walk: Walk, tokens: Tensor) -> Any:
         """The processor as found, if it is to be called in this step, or None."""
-        return self._found if walk.active is None and not fuses(tokens) else None
+        return self._found if walk.active is None and not projections.fuses(tokens) else None
 
 
 class SD3AttnProcessor(_Fusing):
