@@ -20,12 +20,12 @@ from torch import Tensor
 
 import ras_kernels
 
+from . import projections
 from .projections import (
     JointProjection,
     Projected,
     Projection,
     finished,
-    fuses,
     joint_projection,
     keys_and_values,
 )
@@ -49,7 +49,7 @@ class _Fusing(RASAttnProcessor):
         walk = self.ras_site.walk()
         if walk is None or self.ras_site.cache is None:
             return self.ras_original
-        dense = walk.active is None and self._found is not None and not fuses(tokens)
+        dense = walk.active is None and self._found is not None and not projections.fuses(tokens)
         return self._dense if dense else None
 
     def _dense(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,6 +86,7 @@ class SD3AttnProcessor(_Fusing):
             return plain(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )
+        self.ras_site.reached = True
         text = encoder_hidden_states
         if text is not None and not text.shape[1]:
             text = None
@@ -210,6 +211,7 @@ class LuminaAttnProcessor(_Fusing):
                 key_rotary_emb,
                 base_sequence_length,
             )
+        self.ras_site.reached = True
         query = finished(
             attn.to_q(hidden_states),
             attn.heads,

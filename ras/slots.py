@@ -117,8 +117,8 @@ class ProcessorSlot:
 
     @property
     def reached(self) -> bool:
-        """Whether attention came by since `use`; a processor of ours is sure to."""
-        return self._site.reached or self._made_by is not None
+        """Whether attention came by since `use`."""
+        return self._site.reached
 
 
 def device_of(layer: nn.Module, otherwise: torch.device) -> torch.device:

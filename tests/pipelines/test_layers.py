@@ -135,6 +135,7 @@ class Used:
         self.weights = {id(w): name for name, w in transformer.named_parameters()}
         for op, arguments in {
             "linear_scatter_": ("key_weight", "value_weight"),
+            "qkv_scatter_": ("weights", "text_weights"),
             "norm_rotary": ("weight",),
             "norm_rotary_scatter_": ("weight",),
         }.items():
@@ -147,9 +148,10 @@ class Used:
 
         def watched(*args, **kwargs):
             for argument in arguments:
-                weight = kwargs.get(argument)
-                if weight is not None:
-                    self.fused.add(self.weights[id(weight)].rpartition(".")[0])
+                given = kwargs.get(argument)
+                for weight in given if isinstance(given, list) else [given]:
+                    if weight is not None:
+                        self.fused.add(self.weights[id(weight)].rpartition(".")[0])
             return run_op(*args, **kwargs)
 
         monkeypatch.setattr(ras_kernels, op, watched)
@@ -164,9 +166,9 @@ class Used:
         monkeypatch.setattr(kind, "forward", watched)
 
 
-KEYS = "to_k", "to_v", "add_k_proj", "add_v_proj"
+PLAIN = "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"
 NORMS = "norm_q", "norm_k", "norm_added_q", "norm_added_k"
-FUSED = {"sd3": KEYS, "sd3.5": NORMS, "lumina": ("norm_q", "norm_k")}
+FUSED = {"sd3": PLAIN, "sd3.5": NORMS, "lumina": ("norm_q", "norm_k")}
 
 
 def may_be_fused(pipe, family):
