@@ -272,13 +272,13 @@ def test_adapted_layers_are_called(monkeypatch):
     result, used = run_fusing(monkeypatch, pipe, inputs)
     assert relative_error(result, expected) < 1e-5
     adapted = {name.removesuffix(".weight") for name in deltas}
-    pairs = (("to_k", "to_v"), ("add_k_proj", "add_v_proj"))  # a kernel takes both or none
+    # A kernel takes all six; where it may not, another keys and values, both or none.
+    pairs = ("to_k", "to_v"), ("add_k_proj", "add_v_proj"), PLAIN
     whole = {
         name
         for name in may_be_fused(pipelines.sd3(), "sd3")
-        for pair in pairs
-        if name.endswith(pair)
-        and not {f"{name.rpartition('.')[0]}.{each}" for each in pair} & adapted
+        for pair in [next(pair for pair in pairs if name.endswith(pair))]
+        if not {f"{name.rpartition('.')[0]}.{each}" for each in pair} & adapted
     }
     assert used.fused == whole and 0 < len(whole) < 12
 
@@ -295,7 +295,7 @@ def test_layers_with_hooks_are_called(monkeypatch):
         result, used = run_fusing(monkeypatch, pipe, inputs)
     assert relative_error(result, expected) < 1e-5
     assert len(doubled) == len(PLAN) - len(SKIPPED)
-    names = {f"transformer_blocks.1.attn.{name}" for name in ("to_k", "to_v")}
+    names = {f"transformer_blocks.1.attn.{n}" for n in ("to_q", "to_k", "to_v", "add_q_proj")}
     assert used.fused == may_be_fused(pipe, "sd3") - names
 
 
