@@ -312,7 +312,7 @@ PER_HEAD = {"norm_rotary", "norm_rotary_scatter_"}
 @pytest.mark.parametrize(
     "family, way, ops",
     [
-        ("SD3", blocks, {"linear_scatter_"}),
+        ("SD3", blocks, {"qkv_scatter_"}),
         ("SD3.5", blocks, PER_HEAD),
         ("Lumina", whole, PER_HEAD),
     ],
