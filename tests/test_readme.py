@@ -45,7 +45,7 @@ def test_examples_of_the_kernels(capsys):
     torch.manual_seed(0)
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "ras_kernels/README.md").read_text(), re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(block, names)
     assert names["output"].shape == (2, 64, 4, 64) and names["output"].isfinite().all()
