@@ -87,6 +87,16 @@ def qkv_scatter_(
     Returns:
         The queries of the image, `(B, K, H * D)`, and of the text, `(B, T, H * D)`, or None.
     """
+    for name, three in (
+        *(("weights", weights), ("biases", biases)),
+        *(("text_weights", text_weights), ("text_biases", text_biases)),
+    ):
+        kinds = (
+            [type(three), *map(type, three)] if isinstance(three, list | tuple) else [type(three)]
+        )
+        if len(kinds) != 4 or not all(issubclass(k, Tensor | type(None)) for k in kinds[1:]):
+            got = ", ".join(kind.__name__ for kind in kinds[:5])
+            raise TypeError(f"{name} must be three tensors, of query, key and value; got a {got}")
     own = *weights, *biases
     caches = key, value, key_changes, value_changes
     query, text_query = _qkv(*caches, index, tokens, *own, text, *text_weights, *text_biases)

@@ -18,7 +18,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from support import pipelines
-from support.operands import calls
+from support.operands import by_three, calls
 from support.pipelines import sd3_inputs
 from support.snapshot import Snapshot
 
@@ -125,10 +125,12 @@ SENSE = {
         picture=flat(),
         edited=torch.ones(2, 2, dtype=torch.bool),
     ),
+    "settings": lambda: dict(model=enabled_pipe(), config=None),
     "stats": lambda: dict(model=enabled_pipe()),
 }
 """What each takes where all is well; an option of `**call` and the like is none."""
 GIVEN = {"RASWarning", "Rows", "RunPlan", "Stats", "bundled_model", "__version__"}
+GIVEN |= {"generate"}  # which draws images: tests/cli/test_prompts.py
 """What users are given, or call without an argument."""
 WELCOME = {
     # what else makes sense, and is taken
@@ -144,7 +146,10 @@ WELCOME = {
     "Family.text": {"mapping"},
     "Family.whole": {"text", "no text", "none"},
     "Family.processor": {"none", "class"},
-    **{f"Family.{name}": {"true"} for name in ("image_first", "lists", "references", "skips")},
+    **{
+        f"Family.{name}": {"true"}
+        for name in ("image_first", "lists", "references", "skips", "parallel")
+    },
     **{
         f"Family.{name}": {"class"}
         for name in ("layout", "patch", "obstacle", "usual_text", "lengths", "rotary")
@@ -186,6 +191,7 @@ WELCOME = {
     "calibrate.shares": {"empty"},
     "calibrate.seed": {"0"},
     "check.family": {"none"},
+    "settings.config": {"none"},
     "enable.config": {"none"},
     "enable.mask": {"none", "tensor"},
     "enable.scheduler": {"none"},
@@ -291,6 +297,14 @@ ONE_OF_TWO = {"norm_rotary.norm", "norm_rotary_scatter_.norm"} | {
     for op, names in {
         "linear_scatter_": ("key_bias", "value_bias", "key_changes", "value_changes"),
         "quantize_tokens_": ("change_codes", "change_scales"),
+        "qkv_scatter_": (
+            "key_changes",
+            "value_changes",
+            "biases",
+            "text",
+            "text_weights",
+            "text_biases",
+        ),
         "dequantize_tokens": ("change_codes", "change_scales", "gain"),
     }.items()
     for name in names
@@ -309,6 +323,8 @@ def op_cases():
 def of_op(name):
     """What it takes, which an op that is not told of has not."""
     function, tensors = calls()[name]
+    if name == "qkv_scatter_":
+        tensors = by_three(tensors)
     return {**getattr(function, "keywords", {}), **tensors}
 
 

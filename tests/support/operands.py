@@ -175,12 +175,18 @@ def check(found, exact, same):
 
 def qkv_scatter(**tensors):
     """With weights and biases by the names that errors have for them."""
+    return ras_kernels.qkv_scatter_(**by_three(tensors))
+
+
+def by_three(tensors):
+    """Weights and biases of query, key and value in one."""
+    tensors = dict(tensors)
     layers = {
         f"{of}{plural}": [tensors.pop(f"{of}{name}_{one}") for name in ("query", "key", "value")]
         for of in ("", "text_")
         for plural, one in (("weights", "weight"), ("biases", "bias"))
     }
-    return ras_kernels.qkv_scatter_(**tensors, **layers)
+    return tensors | layers
 
 
 def calls():
