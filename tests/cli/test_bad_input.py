@@ -78,7 +78,7 @@ def options_of(command):
 
 
 def test_every_command_is_told_of():
-    assert options_of(None).keys() == {"generate", "edit", "models", "info"}
+    assert options_of(None).keys() == {"generate", "edit", "demo", "models", "info"}
     assert options_of("models").keys() == options_of("info").keys() == {"--help"}
     assert SENSE.keys() <= options_of("generate").keys() | options_of("edit").keys()
 
@@ -87,7 +87,7 @@ def valued(command):
     return [name for name, action in options_of(command).items() if action.nargs != 0]
 
 
-GIVEN = {"generate": ["a ring"], "edit": ["make it red"]}
+GIVEN = {"generate": ["a ring"], "edit": ["make it red"], "demo": []}
 
 
 @pytest.mark.parametrize(

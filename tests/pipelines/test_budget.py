@@ -197,5 +197,5 @@ def test_caches_of_the_first_transformer_go_at_the_switch():
 
     session._watch._observer.tell = lambda: noted
     call(len(PLAN))
-    assert {id(mount) for mount in session.mounts} == set().union(*kept)
+    assert {mount.key for mount in session.mounts} == set().union(*kept)
     assert all(len(models) <= 1 for models in kept)
