@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from benchmarks import serving
 
 
@@ -32,7 +30,7 @@ def test_serving(monkeypatch, capsys):
     memory = told["memory"]
     assert [*memory] == [str(number) for number in range(1, 11)]
     tensors = [memory[number]["tensors"] for number in memory]
-    assert 0 < tensors[-1] == pytest.approx(tensors[2], rel=0.01)
+    assert 0 < tensors[-1] < 1.01 * tensors[2]  # what other tests have left may go meanwhile
     assert memory["10"]["process"] > tensors[-1]
     told["memory"] = {10: memory["10"]}
     monkeypatch.setattr(serving, "measure", lambda *_: told)
