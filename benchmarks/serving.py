@@ -111,7 +111,8 @@ def alone(pipe: Any, request: Request) -> torch.Tensor:
 def memory() -> dict[str, float]:
     """Megabytes of the process, and of all tensors."""
     gc.collect()
-    found = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+    kinds = torch.Tensor, torch.nn.Parameter  # others, of compilers, have no memory
+    found = (each for each in gc.get_objects() if type(each) in kinds)
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in found}
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {

@@ -110,7 +110,7 @@ def reads(monkeypatch, family, config, mask=None):
     with monkeypatch.context() as patch:
         watch = Reads(patch, pipe.scheduler)
         if mask is not None:
-            watch.given.append(session_of(pipe).mask)
+            watch.given.append(session_of(pipe).settings.mask)
         make = "diffusers.pipelines.lumina.pipeline_lumina.get_2d_rotary_pos_embed_lumina"
 
         def noted(*args, before=get_2d_rotary_pos_embed_lumina, **kwargs):

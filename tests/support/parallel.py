@@ -76,7 +76,7 @@ def as_alone(name, settings=None, **more):
 
 def caches_of(pipe):
     """The shapes of the keys that are kept, `(B, tokens, heads, size)`."""
-    return [cache._kept[0].shape for cache in session_of(pipe)._branches.caches]
+    return [cache.tensors[0].shape for cache in session_of(pipe)._branches.caches]
 
 
 def on_and_off(name="flux"):
