@@ -123,6 +123,7 @@ class Mount:
 
     def _detach(self) -> None:
         self.call = None
+        self._split_again()
         for part in (*self._handles, *self._hooks, *self._layers, self._forward):
             part.remove()
         self._forward = None
@@ -384,9 +385,7 @@ class Mount:
             self._turn.give()
 
     def _end_call(self, output: Any) -> Any:
-        if self._stilled is not None:
-            self._stilled.back()
-            self._stilled = None
+        self._split_again()
         call, self.call = self.call, None
         session, self._session = self._session, None
         inputs, self._inputs = self._inputs, {}
@@ -407,6 +406,12 @@ class Mount:
         if call is not None:
             call.end(output)
         return None
+
+    def _split_again(self) -> None:
+        """Have diffusers' hooks split rows as before a call in which they stood still."""
+        if self._stilled is not None:
+            self._stilled.back()
+            self._stilled = None
 
     def _interrupted(self) -> None:
         """Do what the end of the call would, which does not come."""

@@ -135,11 +135,14 @@ class KVCache:
         if not self.compressed:
             self.write(image, text, walk, references)
             return self.read(walk)
-        fresh, words = image.plain(), None if text is None else text.plain()
-        self.write(fresh, words, walk, references)
+        fresh, words, beside = (
+            None if part is None else part.plain() for part in (image, text, references)
+        )
+        assert fresh is not None
+        self.write(fresh, words, walk, beside)
         if walk.active is not None:
             return self.read(walk)
-        parts = [part for part in (fresh, references, words) if part is not None]
+        parts = [part for part in (fresh, beside, words) if part is not None]
         key, value = (
             torch.cat([getattr(part, name) for part in parts], 1).to(self._dtype)
             for name in ("key", "value")

@@ -23,15 +23,15 @@ def main(options: argparse.Namespace) -> None:
         raise ValueError("give a prompt, or a file of them by --prompts FILE")
     plan = None if options.plan is None else ras.Plan.load(options.plan)
     config = ras.RASConfig(options.speedup, plan, options.sample_ratio)
-    if options.prompts is not None:
-        prompts.main(options, config, BUNDLED_CALL)
-        return
-    out = writable(options.out, IMAGES)
-    pipe = load(options, ras.bundled_model())
     call = {} if options.model else dict(BUNDLED_CALL)
     for name in ("height", "width", "negative_prompt", "guidance_scale"):
         if getattr(options, name) is not None:
             call[name] = getattr(options, name)
+    if options.prompts is not None:
+        prompts.main(options, config, call)
+        return
+    out = writable(options.out, IMAGES)
+    pipe = load(options, ras.bundled_model())
     call["prompt"] = options.prompt
     job = Job(pipe, options.device, call, options.steps, options.seed, config)
     dense: list[Run]

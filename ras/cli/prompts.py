@@ -51,13 +51,13 @@ def _object(where: str, line: str) -> dict[str, Any]:
     return found
 
 
-def main(options: argparse.Namespace, config: ras.RASConfig, bundled: dict[str, Any]) -> None:
+def main(options: argparse.Namespace, config: ras.RASConfig, call: dict[str, Any]) -> None:
     """Draw this process's share of the prompts, and print what there is now.
 
     Args:
         options: Of the command.
         config: The settings.
-        bundled: Arguments of the bundled model's calls.
+        call: Arguments of the pipeline's calls, but for the steps.
     """
     folder, prompts = Path(options.out), read(options.prompts)
     if folder.suffix in IMAGES or (folder.exists() and not folder.is_dir()):
@@ -66,11 +66,7 @@ def main(options: argparse.Namespace, config: ras.RASConfig, bundled: dict[str, 
         raise ValueError("--animate is of a single prompt; leave out --prompts")
     rank, world = share()
     pipe = load(options, ras.bundled_model())
-    call = {} if options.model else dict(bundled)
-    for name in ("height", "width", "negative_prompt", "guidance_scale"):
-        if getattr(options, name) is not None:
-            call[name] = getattr(options, name)
-    call["num_inference_steps"] = options.steps
+    call = {**call, "num_inference_steps": options.steps}
     began = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
     with warnings.catch_warnings(), ras.enabled(pipe, config):
         warnings.simplefilter("ignore", ras.RASWarning)  # they are told below

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from support import pipelines
+from support.boxes import box, rows_and_columns
 from support.snapshot import Snapshot, check_undone
 
 import ras
@@ -20,18 +21,6 @@ pytestmark = pytest.mark.filterwarnings("error::ras.RASWarning")
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-def box(top, left, height, width, size=(128, 128)):
-    """A mask of ones in a box, `(height, width)`; 16 pixels are a region."""
-    mask = np.zeros(size, np.float32)
-    mask[top : top + height, left : left + width] = 1
-    return mask
-
-
-def rows_and_columns(grid, rows, columns):
-    """The regions of those rows and columns, in ascending order."""
-    return [row * grid[1] + column for row in rows for column in columns]
 
 
 # --- what counts as a mask ------------------------------------------------------------------------

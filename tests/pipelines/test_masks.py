@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from support import pipelines
+from support.boxes import box, rows_and_columns
 from support.pipelines import Recorder, normal, sd3_inputs
 from support.runs import SCHEDULERS, check_rows, run, steps_of
 from support.snapshot import Snapshot, check_undone
@@ -26,18 +27,6 @@ PLAN = (1, 1, 0.25, 0, 1, 0.25, 0.25, 0)  # 16 of 64 regions in the partial step
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-def box(top, left, height, width, size=(128, 128)):
-    """A mask of ones in a box, `(height, width)`; 16 pixels are a region."""
-    mask = np.zeros(size, np.float32)
-    mask[top : top + height, left : left + width] = 1
-    return mask
-
-
-def rows_and_columns(grid, rows, columns):
-    """The regions of those rows and columns, in ascending order."""
-    return [row * grid[1] + column for row in rows for column in columns]
 
 
 # --- runs -----------------------------------------------------------------------------------------

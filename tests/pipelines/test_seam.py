@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage
 from peft import LoraConfig
+from support.by_seam import PLAN, build, by_ras
 from support.offloading import FP8, WAYS, no_streams
 from support.oracle import relative_error
 from support.pipelines import normal
@@ -22,7 +23,6 @@ import ras
 from ras.seam import can_redirect, redirect
 from ras.site import RASAttnProcessor, Site
 
-PLAN = (1, 1, 0.5, 0, 0.25, 1, 0.5, 0)
 NAMES = pytest.mark.parametrize("name", ["flux", "qwen"])
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 STORED = {"float8": FP8, "bfloat16": torch.bfloat16}
@@ -36,20 +36,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def streams_of_nothing(monkeypatch):
     no_streams(monkeypatch)
-
-
-def build(name):
-    return ENTRIES[name].build()
-
-
-def by_ras(name, change=lambda pipe: None):
-    """The latents of `ras` on a pipeline that `change` has been made to before."""
-    pipe, call = build(name)
-    change(pipe)
-    with ras.enabled(pipe, plan=PLAN):
-        latents = call(len(PLAN))
-        assert ras.stats(pipe).steps_sparse == 3
-    return latents
 
 
 def changed(name, order, change):

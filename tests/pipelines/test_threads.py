@@ -8,14 +8,10 @@ import pytest
 import torch
 from support.pipelines import sd3_inputs
 from support.runs import loop
-from support.zoo import ENTRIES
+from support.sharing import NAMES, PLAN, STEPS, twins
 
 import ras
 from ras import session
-
-PLAN = (1, 1, 0.5, 0, 1, 0.25, 0.5, 0)
-STEPS = len(PLAN)
-NAMES = ["sd3", "flux", "qwen", "wan", "z-image"]  # guidance in one call, none, in two; lists
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),
@@ -23,15 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:a thread calls:ras.RASWarning"),
     pytest.mark.usefixtures("no_gradients"),
 ]
-
-
-def twins(name):
-    """A pipeline, another one of its parts with a scheduler of its own, and what runs either."""
-    pipe, call = ENTRIES[name].build()
-    other = copy.copy(pipe)
-    other.scheduler = copy.deepcopy(pipe.scheduler)
-    assert other.transformer is pipe.transformer and other.scheduler is not pipe.scheduler
-    return pipe, other, functools.partial(call, STEPS)
 
 
 def in_threads(*jobs):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from support.by_seam import PLAN, build, by_ras
 from support.offloading import no_streams
-from support.zoo import ENTRIES
 
 import ras
 
-PLAN = (1, 1, 0.5, 0, 0.25, 1, 0.5, 0)
 NAMES = pytest.mark.parametrize("name", ["flux", "qwen"])
 
 pytestmark = [
@@ -19,20 +18,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def streams_of_nothing(monkeypatch):
     no_streams(monkeypatch)
-
-
-def build(name):
-    return ENTRIES[name].build()
-
-
-def by_ras(name, change=lambda pipe: None):
-    """The latents of `ras` on a pipeline that `change` has been made to before."""
-    pipe, call = build(name)
-    change(pipe)
-    with ras.enabled(pipe, plan=PLAN):
-        latents = call(len(PLAN))
-        assert ras.stats(pipe).steps_sparse == 3
-    return latents
 
 
 def go_round(attn):

@@ -108,8 +108,8 @@ def splits_of(pipe):
     return [hook.metadata for hook in hooks]
 
 
-def interrupted(name="flux"):
-    """Diffusers' hooks are back where a partial step is broken off."""
+def interrupted(name="flux", *, off=False):
+    """Diffusers' hooks are back where a partial step is broken off, or RAS is taken off in it."""
     pipe, call = build(name)
     plain = call()
     ranks = yield
@@ -121,13 +121,16 @@ def interrupted(name="flux"):
     def fail(module, args):
         calls.append(module)
         if len(calls) == 2:
+            if off:
+                ras.disable(pipe)
+                raise KeyError  # of which nobody tells a model that is not enabled
             raise KeyboardInterrupt
 
     handle = pipe.transformer.norm_out.register_forward_pre_hook(fail)
     try:
         call()
         raise AssertionError("it was not interrupted")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, KeyError):
         handle.remove()
     assert splits_of(pipe) == splits and all(splits)
     ras.disable(pipe)
@@ -293,6 +296,7 @@ def cases(size):
             "Stable Diffusion 3": as_alone("sd3"),
             "on and off": on_and_off(),
             "interrupted": interrupted(),
+            "switched off": interrupted(off=True),
             "agreed": agreed(),
             "bytes of FLUX": counted("flux", double=2, single=2, tokens=63, text=8, channels=16),
             "bytes of Wan": counted("wan", **small, tokens=189, channels=16),
