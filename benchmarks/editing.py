@@ -92,7 +92,7 @@ def references_behind(pipe: Any) -> Iterator[None]:
     almost = (SIDES[0] * SIDES[1] - 1) / (SIDES[0] * SIDES[1])  # a step of all tokens is dense
     plan = [1.0, 1.0, *[almost] * (STEPS - 2)]
     with (
-        mock.patch("ras.session.references_under", lambda *_: None),
+        mock.patch("ras.references.references_under", lambda *_: None),
         ras.enabled(pipe, plan=plan, mask=False, kv_correction=False),
     ):
         yield

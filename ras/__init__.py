@@ -25,8 +25,8 @@ from .many import generate
 from .plan import Plan, RunPlan
 from .policy.calibration import calibrate
 from .policy.learning import learn
-from .session import RASWarning
 from .stats import Stats
+from .warned import RASWarning
 
 follow_environment()
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from .branches import cache_bytes
 from .callers import PIPELINES
 from .checks import MOST_STEPS, check_count, shown
 from .clock import Clock, read_clock
@@ -21,7 +22,7 @@ from .family import Family
 from .fingerprint import differences, of_model
 from .layout import Layout
 from .masks import as_mask
-from .mount import Mount, cache_bytes
+from .mount import Mount
 from .others import cache_on
 from .plan import Reuse, RunPlan
 from .policy.planner import plan_run
@@ -147,7 +148,7 @@ def settings(model: Model, config: RASConfig | None = None, **overrides: Any) ->
     """
     session = enabled_session(model)
     asked = _asked(session.settings, config, overrides)
-    _check_plan(asked.config, model, session.scheduler)
+    _check_plan(asked.config, model, session.origin.scheduler)
     _check_partial_steps(asked, model, session.mounts)
     with using(session, asked):
         yield model

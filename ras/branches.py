@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ras_kernels
+
 from .branch import Branch
 from .config import RASConfig
-from .layout import Layout
-from .mount import Mount, cache_bytes
+from .family import Family
+from .layout import Layout, Rows
+from .mount import Mount
+from .parallel import ranks_of
 from .plan import Reuse
 from .site import KVCache
+from .slots import heads_of_keys
 
 
 class Branches(dict[Any, Branch]):
@@ -123,3 +128,21 @@ class Branches(dict[Any, Branch]):
 
 def _of_caches(config: RASConfig) -> tuple[Any, ...]:
     return config.cache_dtype, config.max_cache_bytes, config.keep_caches, config.kv_correction
+
+
+def cache_bytes(
+    transformer: Any, family: Family, layout: Layout, dtype: torch.dtype
+) -> tuple[int, int]:
+    """What a sample's keys and values of a dtype take up in one branch, and their changes.
+
+    Of codes of 8 bits, the scales are among it.
+    """
+    kept = changes = 0
+    scale = torch.float32.itemsize if dtype in ras_kernels.CODES else 0
+    for attn, rows in family.attention_layers(transformer):
+        tokens = layout.sequence if rows is Rows.JOINT else layout.image
+        heads, width = heads_of_keys(attn)
+        size = 2 * heads * (width * dtype.itemsize + scale)
+        kept, changes = kept + tokens * size, changes + layout.image * size
+    ranks = ranks_of(transformer)
+    return (kept, changes) if ranks is None else (kept // ranks.size, changes // ranks.size)

@@ -20,6 +20,7 @@ from .branch import Branch, Call, form_of
 from .denoisers import families_of
 from .family import Family
 from .mount import Mount
+from .origin import Origin
 from .plan import Reuse
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -80,7 +81,7 @@ class _Probe:
         self.handle: Any = None
         self._mount: Mount | None = None
         self._branch, self._share = Branch(), 0
-        self.scheduler = scheduler
+        self.origin = Origin(None, scheduler)
 
     def listen(self) -> None:
         self.handle = self.transformer.register_forward_hook(self._again, with_kwargs=True)
@@ -108,7 +109,6 @@ class _Probe:
 
     # --- what a mount asks of its session
 
-    pipeline = None
     has_ended = False
 
     def expects_calls(self) -> bool:

@@ -11,11 +11,13 @@ from .clock import Clock
 from .config import EDITED, RASConfig
 from .family import Family
 from .layout import Layout
+from .masks import MaskWatch
 from .plan import RunPlan
 from .policy.edits import Edit
 from .policy.planner import mask_pays, plan_run
 from .references import original
 from .run import Run
+from .warned import Warned
 
 
 def can_follow(planned: RunPlan, clock: Clock) -> bool:
@@ -30,13 +32,32 @@ def may_follow(planned: RunPlan, clock: Clock) -> bool:
     return asked and can_follow(planned, clock) and (config.speedup is None or not planned.dense)
 
 
-def begin(
-    run: Run, family: Family, layout: Layout, latents: Any, margin: int, beside: Tensor | None
-) -> Edit | None:
-    """What an edit is told by, of the latents of a run's first call; None without a picture.
+def begin_edit(
+    run: Run, family: Family, layout: Layout, latents: Any, masks: MaskWatch | None, warn: Warned
+) -> None:
+    """Have a run know the picture that it edits, if it is asked to, by its first call's latents.
 
-    `beside` is the picture outside of a mask, which some models get in channels of the latents.
+    `masks` has the picture outside of a mask, which some models get in channels of the latents.
     """
+    beside, config = None, run.planned.config
+    if masks is not None:
+        beside, masks.picture = masks.picture, None  # which nobody needs any more
+    if not (run.follows_edit or config.preserve):
+        return
+    run.edit = _edit(run, family, layout, latents, beside)
+    run.follows_edit = run.follows_edit and run.edit is not None
+    if run.edit is None and config.preserve:
+        warn(
+            "preserve",
+            "there is no picture of the image's shape among the model's inputs that could be "
+            "preserved",
+        )
+
+
+def _edit(
+    run: Run, family: Family, layout: Layout, latents: Any, beside: Tensor | None
+) -> Edit | None:
+    """What an edit is told by; None without a picture."""
     found = original(latents, layout)
     if found is None and run.masked is not None and beside is not None:
         wide = isinstance(latents, Tensor) and latents[0].numel() > beside[0].numel()
@@ -44,7 +65,7 @@ def begin(
     packed = None if found is None else family.pack(found, layout.grid)
     if packed is None:
         return None
-    edit = Edit(packed[0], layout.grid, margin)
+    edit = Edit(packed[0], layout.grid, run.planned.config.mask_margin)
     if run.masked is not None and len(packed[0]) % len(run.masked) == 0:
         edit.fix(run.masked.repeat(len(packed[0]) // len(run.masked), 1))
     return edit

@@ -10,6 +10,12 @@ from __future__ import annotations
 import logging
 import os
 
+from torch import Tensor
+
+from .layout import Layout
+from .plan import DENSE, SKIP
+from .run import Run
+
 logger = logging.getLogger("ras")
 logger.addHandler(logging.NullHandler())
 
@@ -31,3 +37,26 @@ def follow_environment() -> None:
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(asked.upper())
+
+
+def tell_of_run(number: int, run: Run) -> None:
+    """Log what a run is going to do."""
+    signs = "".join({DENSE: "#", SKIP: "."}.get(share, "+") for share in run.planned.plan.shares)
+    logger.info("run %d: %s, speed-up %.2f", number, signs, run.planned.speedup)
+
+
+def tell_of_step(
+    run: Run, layout: Layout, *, skip: bool, rows: Tensor | None, text_stays: bool
+) -> None:
+    """Log what a step does, by what the host knows."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
+    if skip or rows is None:
+        told = ["nothing" if skip else "all tokens"]
+    else:
+        count = rows.shape[1]
+        told = [f"{count} of {layout.tokens} tokens"]
+        told += [f"{layout.under(count)} of {layout.references} references"] * bool(layout.pictures)
+        told += ["no text"] * text_stays
+    step = f"step {run.step} of {run.clock.steps} at {run.sigma:.3f}"
+    logger.debug("%s: %s", step, ", ".join(told))

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-import ras_kernels
-
 from .branch import Branch, Call
 from .callers import Turn, calling_pipeline
 from .entry import among, joint_rows, leave, take, take_arguments, take_outputs
@@ -296,11 +294,11 @@ class Mount:
 
     def sessions_of(self, pipe: Any) -> list[Session]:
         """Those that a pipeline was enabled with, else those of its scheduler."""
-        own = [session for session in self.sessions if session.pipeline is pipe]
-        return own or [each for each in self.sessions if each.scheduler is pipe.scheduler]
+        own = [session for session in self.sessions if session.origin.pipeline is pipe]
+        return own or [each for each in self.sessions if each.origin.scheduler is pipe.scheduler]
 
     def _pipeline(self) -> Any | None:
-        return calling_pipeline(filter(None, (each.pipeline for each in self.sessions)))
+        return calling_pipeline(filter(None, (each.origin.pipeline for each in self.sessions)))
 
     def _caller(self) -> Session | None:
         """The session whose run the call under way belongs to, if any is enabled for it.
@@ -463,24 +461,6 @@ class Mount:
         inherited = getattr(type(self.transformer), RESET, None)
         if inherited is not None:
             inherited(self.transformer, *args, **kwargs)
-
-
-def cache_bytes(
-    transformer: Any, family: Family, layout: Layout, dtype: torch.dtype
-) -> tuple[int, int]:
-    """What a sample's keys and values of a dtype take up in one branch, and their changes.
-
-    Of codes of 8 bits, the scales are among it.
-    """
-    kept = changes = 0
-    scale = torch.float32.itemsize if dtype in ras_kernels.CODES else 0
-    for attn, rows in family.attention_layers(transformer):
-        tokens = layout.sequence if rows is Rows.JOINT else layout.image
-        heads, width = heads_of_keys(attn)
-        size = 2 * heads * (width * dtype.itemsize + scale)
-        kept, changes = kept + tokens * size, changes + layout.image * size
-    ranks = ranks_of(transformer)
-    return (kept, changes) if ranks is None else (kept // ranks.size, changes // ranks.size)
 
 
 @torch.compiler.disable

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .branch import Branch
 from .layout import Layout
+from .run import Run
 
 
 def original(latents: Tensor, layout: Layout) -> Tensor | None:
@@ -58,3 +60,21 @@ def references_under(rows: Tensor, layout: Layout) -> Tensor | None:
     )
     found = beneath.flatten(1).topk(layout.under(rows.shape[1]), dim=1).indices
     return found.sort(dim=1).values.to(torch.int32) + begin
+
+
+def gain_of_references(run: Run, branch: Branch, layout: Layout, known: bool) -> Tensor | None:
+    """How keys and values go on of references that stay behind in a call, `(B, R)`.
+
+    Which of them walk is noted in the branch, and when.
+    """
+    times, latents = branch.reference_times, branch.tokens.noise
+    if not known:
+        times.allocate((len(latents), layout.references), latents.device)
+    if branch.skips:
+        return None
+    rows = branch.rows
+    branch.references = None if rows is None else references_under(rows, layout)
+    if rows is None or branch.references is not None:
+        times.note(branch.references, run.sigma, first=not known)
+    gain = times.line(run.sigma)
+    return gain if run.planned.extrapolation[run.step] else torch.zeros_like(gain)

@@ -88,6 +88,12 @@ class Run:
         """How many tokens the step under way, or to come, computes."""
         return self.planned.counts[self.step]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it keeps to choose and to carry on by."""
+        parts = self.selection, self.carry, self.edit
+        return [tensor for part in parts if part is not None for tensor in part.tensors]
+
     def advance(self, scheduler: Any) -> bool:
         """Note a step of the scheduler; False if it is one that it takes again.
 

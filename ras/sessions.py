@@ -45,10 +45,10 @@ def replaced_by(model: object, scheduler: Any) -> list[Session]:
     by_hand = not isinstance(model, PIPELINES)
 
     def ends(each: Session) -> bool:
-        if each.scheduler is None or each.pipeline is model:
+        if each.origin.scheduler is None or each.origin.pipeline is model:
             return True
-        same = each.scheduler is scheduler
-        return same or by_hand if each.is_bare else same and by_hand
+        same = each.origin.scheduler is scheduler
+        return same or by_hand if each.origin.pipeline is None else same and by_hand
 
     return [each for each in _each(mount.sessions for mount in _mounts(model)) if ends(each)]
 

@@ -135,10 +135,8 @@ class KVCache:
         if not self.compressed:
             self.write(image, text, walk, references)
             return self.read(walk)
-        fresh, words, beside = (
-            None if part is None else part.plain() for part in (image, text, references)
-        )
-        assert fresh is not None
+        fresh, words = image.plain(), None if text is None else text.plain()
+        beside = None if references is None else references.plain()
         self.write(fresh, words, walk, beside)
         if walk.active is not None:
             return self.read(walk)

@@ -49,7 +49,7 @@ def animated(pipe: Any, file: str | PathLike[str]) -> Iterator[None]:
     """
     path = writable(file, SUFFIXES)
     session = enabled_session(pipe)
-    if session.pipeline is not pipe:
+    if session.origin.pipeline is not pipe:
         raise ValueError(f"pipe must be a pipeline, got the {type(pipe).__name__} of one")
     film, before = _Film(session), session.run
     with film.watching(pipe):
@@ -96,7 +96,7 @@ class _Film:
 
     def _after_step(self, noise: Tensor, sample: Any, output: Any) -> None:
         """Note the clean image of a step, which the session has seen before."""
-        run, scheduler = self._session.run, self._session.scheduler
+        run, scheduler = self._session.run, self._session.origin.scheduler
         if run is None or scheduler is None or not isinstance(sample, Tensor):
             return
         if run.clock.prediction != "flow":

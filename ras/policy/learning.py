@@ -25,9 +25,10 @@ from ..config import RASConfig
 from ..denoisers import transformers_of
 from ..fingerprint import of_model, of_run
 from ..plan import Plan, speedup_of
-from ..scope import in_block
-from ..session import RASWarning, Session
+from ..scope import in_block, may_be_masked
+from ..session import Session
 from ..sessions import enabled_session
+from ..warned import RASWarning
 from .candidates import first_plans
 from .error_model import ErrorModel, covariance
 from .planner import plan_run
@@ -104,7 +105,7 @@ def _taught(pipe: Any, session: Session, dense: _Call, bar: Any) -> Plan:
     samples = f"{measured['samples']} sample" + "s" * (measured["samples"] > 1)
     told = f"surely {gain:.1f} dB nearer than the default plan" if gain > 0 else "the default plan"
     note = f"{speedup:.3g}x in {clock.steps} steps, learnt from {samples}: {told}"
-    here = of_model(transformers_of(pipe), session.scheduler)
+    here = of_model(transformers_of(pipe), session.origin.scheduler)
     plan = replace(best, note=note, made_for={**here, **of_run((), measured["guidance"])})
     if gain > 0:
         session.replan(replace(config, speedup=None, plan=plan))
@@ -130,7 +131,7 @@ def _learner(pipe: Any, file: Any) -> Session:
     session = enabled_session(pipe)
     if in_block(session) is not None:
         raise ValueError("ras.learn plans all later runs; call it outside of ras.settings")
-    if session.may_be_masked:
+    if may_be_masked(session.settings, pipe):
         raise ValueError(
             "there is nothing to learn where a mask says what steps compute; enable an inpainting "
             "pipeline with mask=False, and others with speedup= alone"

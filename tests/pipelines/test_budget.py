@@ -9,8 +9,8 @@ from support.zoo import ENTRIES
 
 import ras
 import ras_kernels
+from ras.branches import cache_bytes
 from ras.denoisers import families_of
-from ras.mount import cache_bytes
 from ras.sessions import session_of
 
 PLAN = (1, 1, 0.5, 0, 0.25, 1, 0.5, 0)
@@ -195,7 +195,7 @@ def test_caches_of_the_first_transformer_go_at_the_switch():
         after(*step)
         kept.append({name[0] for name, branch in session._branches.items() if branch.caches})
 
-    session._watch._observer.tell = lambda: noted
+    session.origin._steps._observer.tell = lambda: noted
     call(len(PLAN))
     assert {mount.key for mount in session.mounts} == set().union(*kept)
     assert all(len(models) <= 1 for models in kept)

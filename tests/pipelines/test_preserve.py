@@ -121,7 +121,7 @@ def test_a_run_that_breaks_off_keeps_no_picture(preserve):
 
     with pytest.raises(KeyboardInterrupt):
         call(STEPS, callback_on_step_end=stop)
-    assert session_of(pipe)._mask_watch.picture is None
+    assert session_of(pipe).origin.masks.picture is None
 
 
 def test_nothing_to_preserve_is_said():

@@ -154,7 +154,7 @@ def test_pipelines_that_are_gone_leave_nothing(keep_caches):
         assert len(Mount.of(pipe.transformer).sessions) == 1
     ras.enable(pipe, plan=PLAN)
     (left,) = Mount.of(pipe.transformer).sessions
-    assert left.pipeline is pipe
+    assert left.origin.pipeline is pipe
 
 
 def test_pipelines_of_one_scheduler():

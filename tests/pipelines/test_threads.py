@@ -11,7 +11,7 @@ from support.runs import loop
 from support.sharing import NAMES, PLAN, STEPS, twins
 
 import ras
-from ras import session
+from ras import beginning
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ras.RASWarning"),
@@ -154,7 +154,7 @@ def test_a_call_that_is_interrupted_before_it_begins(monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "read_clock", stop)
+        patch.setattr(beginning, "read_clock", stop)
         (error,) = in_threads(functools.partial(draw, on=pipe))
     assert isinstance(error, Stop)
     (result,) = in_threads(functools.partial(draw, on=other))
