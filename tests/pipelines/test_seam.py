@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage
 from peft import LoraConfig
 from support.by_seam import PLAN, build, by_ras
@@ -36,6 +37,13 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def streams_of_nothing(monkeypatch):
     no_streams(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def backend_of_its_own(monkeypatch):
+    """For diffusers, what one transformer attends by is what all others of the process do."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
 
 
 def changed(name, order, change):
