@@ -14,7 +14,7 @@ from ..config import DEFAULT_SPEEDUP
 from ..pictures import psnr, region_map
 from . import generate
 from .loading import Pipeline, load
-from .runs import Job
+from .runs import Job, times_computed
 
 PROMPT = "a striped red ring, top left, on a blue background"
 FASTEST, MOST_STEPS = 4.0, 100  # of the sliders
@@ -67,9 +67,6 @@ def page(pipe: Pipeline, device: torch.device, call: dict[str, Any]) -> Any:
         except (ValueError, TypeError, RuntimeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         stats = sparse.stats
-        counts = stats.region_counts
-        if counts is None:  # nobody says where the tokens are: the image as a whole
-            counts = torch.full((1, 1, 1), stats.steps_dense)
         decibels = psnr(dense.image, sparse.image)
         lines = [
             f"{stats.steps_dense} steps dense, {stats.steps_sparse} partial, "
@@ -79,7 +76,7 @@ def page(pipe: Pipeline, device: torch.device, call: dict[str, Any]) -> Any:
             *stats.warnings,
         ]
         to_paint_on = dense.image if mask is None else gr.skip()
-        regions = region_map(sparse.image, counts[0])
+        regions = region_map(sparse.image, times_computed(stats)[0])
         return dense.image, sparse.image, regions, "\n\n".join(lines), to_paint_on
 
     with gr.Blocks(title="ras", analytics_enabled=False) as found:

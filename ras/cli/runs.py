@@ -183,6 +183,13 @@ def finite(decibels: float) -> float | None:
     return decibels if math.isfinite(decibels) else None
 
 
+def times_computed(stats: ras.Stats) -> torch.Tensor:
+    """How often each region was computed, `(S, rows, columns)`; the image is one where nobody says
+    where its tokens are."""
+    counts = stats.region_counts
+    return torch.full((1, 1, 1), stats.steps_dense) if counts is None else counts
+
+
 def side_by_side(
     panels: list[tuple[str, Image.Image]], sparse: RasRun, report: dict[str, Any], more: list[str]
 ) -> Image.Image:
@@ -192,9 +199,7 @@ def side_by_side(
     """
     dense, image = (each.convert("RGB") for _, each in panels[-2:])
     most = int(np.asarray(ImageChops.difference(dense, image)).max())
-    counts = sparse.stats.region_counts
-    if counts is None:  # nobody says where the tokens are: the image as a whole
-        counts = torch.full((1, 1, 1), report["steps_dense"])
+    counts = times_computed(sparse.stats)
     told = [
         f"{report['steps']} steps",
         f"{report['steps_dense']} steps dense, {report['steps_sparse']} sparse, "

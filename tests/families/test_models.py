@@ -1,28 +1,20 @@
 """`ras` in real diffusers pipelines: shapes, guidance, selection, ControlNet, bare models."""
 
-import warnings
-
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from support import pipelines
 from support.oracle import relative_error
 from support.pipelines import Recorder, normal, random_rows, sd3_inputs, sparse_steps
 from support.runs import (
     CONFIG,
     RESETS,
-    SHARES,
     SPARSE,
     START,
     STEPS,
-    by_keyword,
     by_oracle,
-    by_position,
     check,
     check_run,
-    fresh,
-    loop,
     patches,
     rows_of,
     run,
@@ -237,81 +229,6 @@ def check_inactive_rows(record, rows):
         assert torch.equal(same, inactive), f"step {step}"
 
 
-# --- guidance -------------------------------------------------------------------------------------
-
-
-def test_guidance_off(monkeypatch):
-    pipe = pipelines.sd3()
-    record = check_run(monkeypatch, pipe, sd3_inputs(pipe, 2), guidance=1.0)
-    assert all(len(call["hidden_states"]) == 2 for call in record.calls)
-
-
-@pytest.mark.parametrize("at", [3, 4, 5])
-def test_guidance_cut_off(monkeypatch, at):
-    """The first step with half the batch is dense, in a planned sparse step and at a reset."""
-    pipe = pipelines.sd3()
-    record = Recorder(monkeypatch, pipe)
-
-    def cut(pipe, step, t, tensors):
-        if step == at - 1:
-            pipe._guidance_scale = 0.0
-            tensors = {name: value.chunk(2)[-1] for name, value in tensors.items()}
-        return tensors
-
-    with ras.enabled(pipe, CONFIG):
-        run(
-            pipe,
-            sd3_inputs(pipe, 2),
-            callback_on_step_end=cut,
-            callback_on_step_end_tensor_inputs=["prompt_embeds", "pooled_prompt_embeds"],
-        )
-        sparse = [s for s in SPARSE if s != at]
-        assert steps_of(pipe) == (STEPS - len(sparse), len(sparse))
-    assert [len(call["hidden_states"]) for call in record.calls] == [4] * at + [2] * (STEPS - at)
-    check(record, pipe.transformer, sparse, planned=SPARSE)
-
-
-def test_guidance_cut_off_in_a_second_order_run(monkeypatch):
-    """The step that has to be dense is dense in both of its stages."""
-    pipe = pipelines.sd3(scheduler=FlowMatchHeunDiscreteScheduler())
-    record = Recorder(monkeypatch, pipe)
-
-    def cut(pipe, call, t, tensors):
-        if call == 5:  # the last call of step 2
-            pipe._guidance_scale = 0.0
-            tensors = {name: value.chunk(2)[-1] for name, value in tensors.items()}
-        return tensors
-
-    with ras.enabled(pipe, CONFIG):
-        run(
-            pipe,
-            sd3_inputs(pipe, 2),
-            callback_on_step_end=cut,
-            callback_on_step_end_tensor_inputs=["prompt_embeds", "pooled_prompt_embeds"],
-        )
-        assert steps_of(pipe) == (4, 4)
-    check(record, pipe.transformer, [2, 4, 6, 7], planned=SPARSE, order=2)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_skip_layer_guidance(monkeypatch, batch):
-    """Its extra call is dense, merges its noise like the others, and leaves K and V alone."""
-    pipe = pipelines.sd3()
-    record = Recorder(monkeypatch, pipe)
-    with ras.enabled(pipe, CONFIG):
-        run(
-            pipe,
-            sd3_inputs(pipe, batch),
-            skip_guidance_layers=[1],
-            skip_layer_guidance_start=0.01,
-            skip_layer_guidance_stop=0.6,
-        )
-        assert steps_of(pipe) == (3, 5)
-    skipping = [call["after"] for call in record.calls if call.get("skip_layers")]
-    assert skipping == [1, 2, 3, 4]
-    check(record, pipe.transformer)
-
-
 # --- what the selection sees ----------------------------------------------------------------------
 
 
@@ -417,107 +334,3 @@ def test_controlnet_for_part_of_the_run(monkeypatch):
     pipe = pipelines.sd3_controlnet()
     inputs = sd3_inputs(pipe, control_image=normal(1, 3, 128, 128).sigmoid())
     check_run(monkeypatch, pipe, inputs, control_guidance_start=0.2, control_guidance_end=0.6)
-
-
-# --- a bare transformer ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("call", [by_keyword, by_position])
-def test_bare_transformer(call):
-    pipe = pipelines.sd3()
-    inputs = sd3_inputs(pipe, 2)
-    transformer = pipe.transformer
-    scheduler = pipelines.euler()
-    assert ras.enable(transformer, CONFIG, scheduler=scheduler) is transformer
-    result = loop(transformer, scheduler, inputs, call=call)
-    assert steps_of(transformer) == (3, 5)
-    ras.disable(transformer)
-    assert torch.equal(result, fresh(lambda pipe: inputs))
-
-
-def test_steps_that_are_not_seen():
-    """The user's own Euler step: nothing is known of the noise, so all is dense, with a warning."""
-    pipe = pipelines.sd3()
-    inputs = sd3_inputs(pipe)
-    scheduler = pipelines.euler()
-
-    def own_step(noise, t, latents):
-        i = (scheduler.timesteps == t).nonzero().item()
-        return latents + (scheduler.sigmas[i + 1] - scheduler.sigmas[i]) * noise
-
-    plain = loop(pipe.transformer, scheduler, inputs, step=own_step)
-    ras.enable(pipe.transformer, CONFIG, scheduler=scheduler)
-    for expected_warnings in (1, 0):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            result = loop(pipe.transformer, scheduler, inputs, step=own_step)
-        told = [w for w in caught if issubclass(w.category, ras.RASWarning)]
-        assert len(told) == expected_warnings
-        assert relative_error(result, plain) < 1e-5
-        assert ras.stats(pipe.transformer).steps_sparse == 0
-
-
-@pytest.mark.parametrize("plan", [(1, 1, 0.5, 0, 1, 0.25, 0, 0.5), SHARES])
-def test_guidance_in_two_calls(plan):
-    """Each branch has its own caches: it is guidance in one."""
-    pipe = pipelines.sd3()
-    inputs, scheduler = sd3_inputs(pipe, 2), pipelines.euler()
-    ras.enable(pipe.transformer, plan=plan, scheduler=scheduler)
-    together = loop(pipe.transformer, scheduler, inputs)
-    counts = ras.stats(pipe.transformer).region_counts
-    apart = loop(pipe.transformer, scheduler, inputs, separate=True)
-    stats = ras.stats(pipe.transformer)
-    assert relative_error(apart, together) < 1e-5
-    assert stats.calls_total == 16 and torch.equal(stats.region_counts, counts)
-    assert (stats.steps_sparse > 0) == (plan is not SHARES) and stats.steps_skipped
-
-
-def test_gradients_are_those_of_the_plain_model():
-    """With gradients enabled `ras` stands aside."""
-    pipe = pipelines.sd3()
-    inputs = sd3_inputs(pipe)
-    transformer, scheduler = pipe.transformer, pipe.scheduler
-
-    def gradients():
-        with torch.enable_grad():
-            loop(transformer, scheduler, inputs, steps=6).square().mean().backward()
-        found = {name: p.grad for name, p in transformer.named_parameters()}
-        transformer.zero_grad()
-        return found
-
-    plain = gradients()
-    with ras.enabled(pipe, CONFIG), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ras.RASWarning)
-        found = gradients()
-    for name, gradient in plain.items():
-        assert (gradient is None) == (found[name] is None), name
-        assert gradient is None or torch.equal(found[name], gradient), name
-
-
-@pytest.mark.parametrize("family", ["sd3", "lumina"])
-def test_the_noise_handed_out_is_the_callers_own(family):
-    """Writing into a result changes nothing that `ras` keeps (patch 1: no copy on the way out)."""
-    pipe = getattr(pipelines, family)(patch_size=1)
-    inputs = getattr(pipelines, f"{family}_inputs")(pipe, height=8, width=8)
-
-    def spoil(module, args, kwargs, output):
-        spoiled = output[0].clone()
-        output[0].fill_(float("nan"))
-        return (spoiled,)
-
-    with ras.enabled(pipe, CONFIG):
-        expected = run(pipe, inputs)
-        hook = pipe.transformer.register_forward_hook(spoil, with_kwargs=True)
-        result = run(pipe, inputs)
-        hook.remove()
-    assert torch.equal(result, expected)
-
-
-def test_decoded_image():
-    """All the way to pixels, with prompts as text."""
-    pipe = pipelines.sd3(parts=pipelines.text_encoders(), vae=pipelines.autoencoder())
-    call = dict(prompt="a red ring", max_sequence_length=4, **pipelines.size(16, 16))
-    with ras.enabled(pipe, CONFIG) as enabled:
-        assert enabled is pipe and isinstance(pipe, StableDiffusion3Pipeline)
-        (image,) = run(pipe, call)
-    assert image.size == (128, 128)

@@ -89,7 +89,7 @@ def test_ages_at_the_limits(dtype):
 @pytest.mark.parametrize("name", [name for name, call in calls().items() if "index" in call[1]])
 @pytest.mark.parametrize("off", [-1, 1, 2**32, -(2**63)])
 def test_an_index_out_of_range_is_named_before_anything_is_written(monkeypatch, name, off):
-    """On GPUs with the switch that `test_ops.py` looks at, on CPUs always."""
+    """On GPUs with the switch that `test_wrong_arguments.py` looks at, on CPUs always."""
     monkeypatch.setattr(_checks, "CHECKS_INDICES", True)
     call, tensors = calls()[name]
     tensors["index"] = tensors["index"].long() + off
